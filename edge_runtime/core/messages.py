@@ -1,0 +1,131 @@
+"""Frozen values that travel between the parts: tensors, requests, answers, replies. No behaviour beyond reading."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scalar = str | int | float | bool
+Array = NDArray[Any]
+#: What one row of a batch is to an engine: one array per model input or output, without the batch axis.
+Row = tuple[Array, ...]
+
+
+class Origin(StrEnum):
+    """Where an answer was computed (or kept)."""
+
+    LOCAL = "local"
+    CACHE = "cache"
+    CLOUD = "cloud"
+
+
+class Reason(StrEnum):
+    """Why an answer comes from where it comes; the closed list that logs, metrics, tests and users share."""
+
+    CONFIDENT = "confident"  # the edge is sure enough
+    UNSURE = "unsure"  # the edge was not sure, so the cloud answered
+    LOCAL_ONLY = "local_only"  # no cloud is configured, or the model has no confidence to judge by
+    PRIVATE = "private"  # the caller forbade leaving the device
+    TOO_LATE = "too_late"  # unsure, but the deadline leaves no time for the cloud
+    LINK_DOWN = "link_down"  # unsure, but no connection to the broker
+    CLOUD_OPEN = "cloud_open"  # unsure, but the breaker is open after repeated failures
+    CLOUD_ABSENT = "cloud_absent"  # unsure, asked, and no worker listens
+    CLOUD_LATE = "cloud_late"  # unsure, asked, and no answer came in time
+    CLOUD_REFUSED = "cloud_refused"  # unsure, asked, and the cloud had no room
+    CLOUD_FAILED = "cloud_failed"  # unsure, asked, and the cloud answered with an error
+
+
+#: Reasons with which an unsure local answer is given although the cloud should have been asked.
+DEGRADED_REASONS = frozenset(
+    {
+        Reason.TOO_LATE,
+        Reason.LINK_DOWN,
+        Reason.CLOUD_OPEN,
+        Reason.CLOUD_ABSENT,
+        Reason.CLOUD_LATE,
+        Reason.CLOUD_REFUSED,
+        Reason.CLOUD_FAILED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named input or output of a model as clients see it.
+
+    `datatype` is an Open Inference Protocol word ("BYTES", "FP32", "INT64", ...); `shape` includes the
+    leading batch axis as -1.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a task promises: equal on both tiers."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A named tensor on the wire.
+
+    `data` is an ndarray of `shape`, or for BYTES a flat tuple of `bytes` in row-major order.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Array | tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRequest:
+    """An output the caller asks for, and whether it wants raw bytes instead of JSON."""
+
+    name: str
+    binary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """One decoded request. `outputs` empty means all; `binary_default` holds for outputs not named.
+
+    `id` is the caller's own label and comes back unchanged; it is never part of a cache key.
+    """
+
+    inputs: tuple[Tensor, ...]
+    id: str = ""
+    parameters: dict[str, Scalar] = field(default_factory=dict)
+    outputs: tuple[OutputRequest, ...] = ()
+    binary_default: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InferReply:
+    """One reply, ready to be encoded. `binary_outputs` names the outputs to be sent as raw bytes."""
+
+    model_name: str
+    model_version: str
+    outputs: tuple[Tensor, ...]
+    id: str = ""
+    parameters: dict[str, Scalar] = field(default_factory=dict)
+    binary_outputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says about one row: one value per output of the signature, in its order.
+
+    A value is `bytes` for BYTES outputs, else an array (or numpy scalar) of one row.
+    `confidence` is the calibrated probability that this answer is right, or None where the task has none.
+    """
+
+    values: tuple[bytes | Array | np.generic, ...]
+    confidence: float | None
