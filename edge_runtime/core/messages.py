@@ -129,3 +129,46 @@ class Answer:
 
     values: tuple[bytes | Array | np.generic, ...]
     confidence: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What clients may know of a loaded model."""
+
+    name: str
+    version: str
+    platform: str  # engine in the words of the protocol: "onnxruntime_onnx", ...
+    signature: Signature
+    max_batch: int
+    is_batch_invariant: bool
+    digest: str  # hex sha256 of the bundle's manifest
+    accept_threshold: float | None  # confidence from which the edge's answer is kept; None: never escalates
+
+
+@dataclass(slots=True)
+class Duration:
+    """How often something happened and the time it took in all, in nanoseconds."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int, count: int = 1) -> None:
+        self.count += count
+        self.ns += ns
+
+
+@dataclass(slots=True)
+class ModelStatistics:
+    """Running totals of one model, in the words of the protocol's statistics extension."""
+
+    requests: Duration = field(default_factory=Duration)  # rows answered, end to end
+    failures: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)  # text to tensors
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)  # tensors to answers
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)
+    executions: int = 0  # batches run
+    last_inference_ms: int = 0  # unix time
+    batch_sizes: dict[int, int] = field(default_factory=dict)  # rows in a batch -> how often
