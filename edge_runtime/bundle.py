@@ -1,0 +1,314 @@
+"""Model bundles: a folder of `manifest.json` and zstd payloads, read as data and verified before use.
+
+Order of trust: names and sizes, then the digest of the stored bytes, then capped decompression, then the
+digest of the plain bytes; only then may anything parse a payload. What is returned are the very bytes that
+were verified, so a file swapped afterwards changes nothing. This module knows nothing of models or tasks.
+"""
+
+import hashlib
+import importlib.resources
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edge_runtime.compression import compress, decompress
+from edge_runtime.core.errors import BundleError, InvalidRequest
+
+FORMAT = "edge-runtime-bundle/1"
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 * 1024
+MAX_FILES = 64
+MAX_PLAIN_BYTES = 256 * 1024 * 1024
+MAX_WINDOW_BYTES = 8 * 1024 * 1024
+MAX_KNOTS = 32
+MAX_BATCH = 1024
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+#: A bundle holds data, not programs: whatever else a file is called, it ends in one of these.
+_SUFFIXES = (".onnx", ".tflite", ".json", ".txt")
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    """A named input or output as clients see it; the leading -1 of `shape` is the batch axis."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class SignatureEntry(msgspec.Struct, frozen=True):
+    """What the task promises."""
+
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One payload, stored as `<name>.zst`. Sizes in bytes, digests in lower-case hex."""
+
+    name: str
+    size: int
+    sha256: str
+    stored_size: int
+    stored_sha256: str
+    compression: Literal["zstd"]
+
+
+class ProcessingEntry(msgspec.Struct, frozen=True):
+    """Which steps of the closed list in `processing` turn inputs into tensors and outputs into answers."""
+
+    kind: str
+    version: str
+    parameters: dict[str, Any] = {}
+
+
+class BatchEntry(msgspec.Struct, frozen=True):
+    """What the maker of the bundle claims; the loader tests it before believing."""
+
+    max: int
+    invariant: bool
+
+
+class CalibrationEntry(msgspec.Struct, frozen=True):
+    """Logits -> temperature -> largest softmax value -> knots (score, probability of being right)."""
+
+    temperature: float
+    knots: tuple[tuple[float, float], ...]
+    accept_threshold: float | None = None
+    fitted_on: str = ""
+
+
+class CreditEntry(msgspec.Struct, frozen=True):
+    """Data or weights the model was made from."""
+
+    name: str
+    authors: str
+    licence: str
+    url: str = ""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """All of `manifest.json`. Unknown fields are ignored, an unknown `format` is refused."""
+
+    format: str
+    name: str
+    version: str
+    task: str
+    signature: SignatureEntry
+    engine: str
+    model: str  # the payload the engine loads
+    files: tuple[FileEntry, ...]
+    processing: ProcessingEntry
+    batch: BatchEntry
+    licence: str
+    labels: str | None = None  # the payload with a JSON list of label names
+    calibration: CalibrationEntry | None = None
+    credits: tuple[CreditEntry, ...] = ()
+    metrics: dict[str, float | str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A verified bundle. `files` maps payload names to plain bytes; `digest` is the manifest's sha256 in hex."""
+
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    digest: str
+    stored_bytes: int
+
+
+def is_id(name: str) -> bool:
+    """Whether a name is an id: lower-case letters, digits, dot, dash and underscore, at most 64, no `..`."""
+    return _NAME.fullmatch(name) is not None and ".." not in name
+
+
+def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a bundle.
+
+    A bare name is looked up among the bundles of the installed package, then in the `models/` of a source
+    checkout; anything with a path separator is a path and used as it is. Raises BundleError if absent.
+    """
+    given = os.fspath(name_or_path)
+    if os.sep in given:
+        path = Path(given)
+        if not path.is_dir():
+            raise BundleError(f"bundle {path.name!r}: no such folder; give the folder that holds {MANIFEST}")
+        return path
+    if not is_id(given):
+        raise BundleError(f"bundle {given[:80]!r} is neither a name nor a path; write a path as ./folder")
+    for folder in (_packaged_folder(), Path(__file__).parent.parent / "models"):
+        if (folder / given / MANIFEST).is_file():
+            return folder / given
+    raise BundleError(
+        f"bundle {given!r} is not installed; give a path such as ./{given}, or see `models list`"
+    )
+
+
+def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read and verify the bundle in folder `path`. Raises BundleError and nothing else for a bad bundle."""
+    path = Path(path)
+    where = f"bundle {path.name!r}"
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BundleError(f"{where} cannot be opened ({error.strerror}); give a readable folder") from None
+    # Installers may hardlink package files from their cache (uv does); elsewhere a second name is foul play.
+    may_be_linked = path.resolve().parent == _packaged_folder().resolve()
+    try:
+        raw = _read(folder, MANIFEST, MAX_MANIFEST_BYTES, where, may_be_linked)
+        manifest = _parse(raw, where)
+        _check(manifest, where)
+        _check_listing(folder, manifest, where)
+        files: dict[str, bytes] = {}
+        for entry in manifest.files:
+            files[entry.name] = _payload(folder, entry, where, may_be_linked)
+    finally:
+        os.close(folder)
+    stored = len(raw) + sum(entry.stored_size for entry in manifest.files)
+    return Bundle(manifest, files, hashlib.sha256(raw).hexdigest(), stored)
+
+
+def write_bundle(
+    path: str | os.PathLike[str], fields: Mapping[str, Any], files: Mapping[str, bytes]
+) -> Bundle:
+    """Write a bundle folder, replacing an older one, and return it as loaded back.
+
+    `fields` are the manifest's fields without `format` and `files`, which are computed. Raises BundleError
+    if the result would be refused by `load_bundle`.
+    """
+    path = Path(path)
+    entries = []
+    fresh = path.with_name(f"{path.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for name, plain in sorted(files.items()):
+        stored = compress(plain)
+        entries.append(
+            FileEntry(name, len(plain), _sha256(plain), len(stored), _sha256(stored), compression="zstd")
+        )
+        (fresh / f"{name}.zst").write_bytes(stored)
+    manifest = {"format": FORMAT, **fields, "files": entries}
+    (fresh / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+    load_bundle(fresh)
+    shutil.rmtree(path, ignore_errors=True)
+    fresh.rename(path)
+    return load_bundle(path)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _packaged_folder() -> Path:
+    return Path(str(importlib.resources.files("edge_runtime"))) / "bundled"
+
+
+def _read(folder: int, name: str, limit: int, where: str, may_be_linked: bool) -> bytes:
+    """Read a regular file of at most `limit` bytes, by name relative to an open folder."""
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError as error:
+        raise BundleError(
+            f"{where}: {name} cannot be opened ({error.strerror}); copy the bundle again"
+        ) from None
+    with open(handle, "rb", buffering=0) as file:  # noqa: PTH123 - there is no path, only a descriptor
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode) or (state.st_nlink != 1 and not may_be_linked):
+            raise BundleError(
+                f"{where}: {name} is not a plain file of its own; copy the bundle without links"
+            )
+        if state.st_size > limit:
+            raise BundleError(
+                f"{where}: {name} has {state.st_size} bytes where {limit} are allowed; copy it again"
+            )
+        return file.read(limit + 1) or b""
+
+
+def _parse(raw: bytes, where: str) -> Manifest:
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format")
+        if version is None or msgspec.json.decode(version) != FORMAT:
+            raise BundleError(
+                f"{where}: {MANIFEST} is not of format {FORMAT!r}; make it with this version's tools"
+            )
+        return msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise BundleError(
+            f"{where}: {MANIFEST} cannot be read ({reason}); copy or make the bundle again"
+        ) from None
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    """Refuse what types cannot express, before any payload is opened."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise BundleError(f"{where}: {MANIFEST}: {what}; make the bundle again")
+
+    require(is_id(manifest.name), "the name is not an id")
+    require(is_id(manifest.version), "the version is not an id")
+    require(0 < len(manifest.files) <= MAX_FILES, f"there are not 1 to {MAX_FILES} files")
+    names = [entry.name for entry in manifest.files]
+    require(len(set(names)) == len(names), "a file is listed twice")
+    for entry in manifest.files:
+        require(is_id(entry.name), "a file name is not an id")
+        require(entry.name.endswith(_SUFFIXES), f"a file does not end in one of {', '.join(_SUFFIXES)}")
+        require(0 < entry.size <= MAX_PLAIN_BYTES, "a file size is out of range")
+        require(0 < entry.stored_size <= MAX_PLAIN_BYTES, "a stored size is out of range")
+        for digest in (entry.sha256, entry.stored_sha256):
+            require(_SHA256.fullmatch(digest) is not None, "a digest is not 64 hex digits")
+    require(
+        sum(entry.size for entry in manifest.files) <= MAX_PLAIN_BYTES, "the files are too large together"
+    )
+    require(manifest.model in names, "the model is not among the files")
+    require(manifest.labels is None or manifest.labels in names, "the labels are not among the files")
+    require(1 <= manifest.batch.max <= MAX_BATCH, f"batch.max is not in 1..{MAX_BATCH}")
+    require(bool(manifest.signature.inputs and manifest.signature.outputs), "the signature is empty")
+    tensors = (*manifest.signature.inputs, *manifest.signature.outputs)
+    require(all(tensor.shape[:1] == (-1,) for tensor in tensors), "a shape does not begin with -1")
+    if manifest.calibration is not None:
+        calibration = manifest.calibration
+        require(0.01 <= calibration.temperature <= 100.0, "calibration.temperature is not in 0.01..100")
+        scores = [score for score, _ in calibration.knots]
+        chances = [chance for _, chance in calibration.knots]
+        require(2 <= len(scores) <= MAX_KNOTS, f"there are not 2 to {MAX_KNOTS} calibration.knots")
+        require(scores == sorted(set(scores)), "the scores of calibration.knots do not rise")
+        require(chances == sorted(chances), "the probabilities of calibration.knots fall")
+        require(min(scores) >= 0.0 and max(scores) <= 1.0, "a score of calibration.knots is not in 0..1")
+        require(chances[0] >= 0.0 and chances[-1] <= 1.0, "a probability of calibration.knots is not in 0..1")
+        threshold = calibration.accept_threshold
+        require(threshold is None or 0.0 <= threshold <= 1.0, "calibration.accept_threshold is not in 0..1")
+
+
+def _check_listing(folder: int, manifest: Manifest, where: str) -> None:
+    listed = {MANIFEST, *(f"{entry.name}.zst" for entry in manifest.files)}
+    unlisted = sorted(set(os.listdir(folder)) - listed)
+    if unlisted:
+        raise BundleError(
+            f"{where}: {unlisted[0][:80]!r} is not listed in {MANIFEST}; remove it or copy again"
+        )
+
+
+def _payload(folder: int, entry: FileEntry, where: str, may_be_linked: bool) -> bytes:
+    stored_name = f"{entry.name}.zst"
+    stored = _read(folder, stored_name, entry.stored_size, where, may_be_linked)
+    if len(stored) != entry.stored_size or _sha256(stored) != entry.stored_sha256:
+        raise BundleError(
+            f"{where}: {stored_name} is damaged or cut off (wrong size or digest); copy it again"
+        )
+    try:
+        plain = decompress(stored, max_bytes=entry.size, max_window_bytes=MAX_WINDOW_BYTES)
+    except InvalidRequest as error:
+        raise BundleError(f"{where}: {stored_name} cannot be unpacked: {error}") from None
+    if len(plain) != entry.size or _sha256(plain) != entry.sha256:
+        raise BundleError(f"{where}: {entry.name} is not what {MANIFEST} lists; make the bundle again")
+    return plain

@@ -1,0 +1,132 @@
+"""From a bundle's description to its processor: the closed list of kinds, with typed parameters."""
+
+from collections.abc import Mapping
+from typing import assert_never
+
+import msgspec
+
+from edge_runtime.bundle import Manifest, SignatureEntry
+from edge_runtime.core.errors import BundleError, Unsupported
+from edge_runtime.core.messages import Signature, TensorSpec
+from edge_runtime.processing import Processor
+from edge_runtime.processing.ngrams import NgramFeaturiser
+from edge_runtime.processing.tensors import Tensors
+from edge_runtime.processing.text_classification import SIGNATURE, Calibration, Featuriser, TextClassification
+
+MAX_LABELS = 65_536
+
+
+class TextNgrams(msgspec.Struct, frozen=True, tag_field="kind", tag="text_ngrams"):
+    """Parameters of kind `text_ngrams`."""
+
+    slots: int
+    buckets: int
+    grams: tuple[int, ...]
+    skips: bool = False
+    max_text_bytes: int = 4096
+
+
+class TextWordpiece(msgspec.Struct, frozen=True, tag_field="kind", tag="text_wordpiece"):
+    """Parameters of kind `text_wordpiece`; `tokenizer` names a payload."""
+
+    tokenizer: str
+    lengths: tuple[int, ...]
+    pad: int = 0
+    max_text_bytes: int = 4096
+
+
+class PlainTensors(msgspec.Struct, frozen=True, tag_field="kind", tag="tensors"):
+    """Kind `tensors` has no parameters."""
+
+
+Parameters = TextNgrams | TextWordpiece | PlainTensors
+#: A version stands for a way to compute; bundles made for another one would be answered wrongly.
+_VERSIONS = {"text_ngrams": "1", "text_wordpiece": "1", "tensors": "1"}
+
+
+def build_processor(manifest: Manifest, files: Mapping[str, bytes]) -> Processor:
+    """Build the processor a verified bundle asks for.
+
+    Raises BundleError for an unknown kind or version, parameters that do not fit it, or missing payloads.
+    """
+    entry = manifest.processing
+    if _VERSIONS.get(entry.kind) != entry.version:
+        raise BundleError(
+            f"bundle {manifest.name!r} needs processing {entry.kind!r} version {entry.version!r}, which this "
+            "release does not have; update the runtime or make the bundle with its tools"
+        )
+    try:
+        parameters = msgspec.convert({**entry.parameters, "kind": entry.kind}, type=Parameters)
+        return _build(parameters, manifest, files, version=f"{entry.kind}/{entry.version}")
+    except (msgspec.ValidationError, ValueError, Unsupported) as error:
+        raise BundleError(
+            f"bundle {manifest.name!r}: processing cannot be set up ({error}); make it again"
+        ) from None
+
+
+def _build(
+    parameters: Parameters, manifest: Manifest, files: Mapping[str, bytes], *, version: str
+) -> Processor:
+    featuriser: Featuriser
+    match parameters:
+        case TextNgrams():
+            featuriser = NgramFeaturiser(
+                slots=parameters.slots,
+                buckets=parameters.buckets,
+                grams=parameters.grams,
+                skips=parameters.skips,
+            )
+        case TextWordpiece():
+            featuriser = _wordpiece(parameters, files)
+        case PlainTensors():
+            return Tensors(_signature(manifest.signature), version=version)
+        case _:
+            assert_never(parameters)
+    if _signature(manifest.signature) != SIGNATURE:
+        raise ValueError("the signature is not that of text classification")
+    return TextClassification(
+        featuriser,
+        _labels(manifest, files),
+        _calibration(manifest),
+        version=version,
+        max_text_bytes=parameters.max_text_bytes,
+    )
+
+
+def _wordpiece(parameters: TextWordpiece, files: Mapping[str, bytes]) -> Featuriser:
+    if parameters.tokenizer not in files:
+        raise ValueError(f"the tokeniser {parameters.tokenizer!r} is not among the files")
+    if not parameters.lengths or not all(2 <= length <= 512 for length in parameters.lengths):
+        raise ValueError("lengths must lie in 2..512")
+    try:
+        # Imported only here: the edge never pays for a tokeniser its bundle does not ask for.
+        from edge_runtime.processing.wordpiece import WordpieceFeaturiser  # noqa: PLC0415
+    except ImportError:
+        raise ValueError("the tokenizers package is missing: pip install 'edge-runtime[cloud]'") from None
+    return WordpieceFeaturiser(files[parameters.tokenizer], lengths=parameters.lengths, pad=parameters.pad)
+
+
+def _labels(manifest: Manifest, files: Mapping[str, bytes]) -> list[str]:
+    if manifest.labels is None:
+        raise ValueError("text classification needs labels")
+    try:
+        labels = msgspec.json.decode(files[manifest.labels], type=list[str])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ValueError("the labels are not a JSON list of names") from None
+    if not 2 <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels):
+        raise ValueError(f"the labels are not 2 to {MAX_LABELS} different names")
+    return labels
+
+
+def _calibration(manifest: Manifest) -> Calibration:
+    if manifest.calibration is None:
+        raise ValueError("text classification needs a calibration")
+    scores, chances = zip(*manifest.calibration.knots, strict=True)
+    return Calibration(manifest.calibration.temperature, scores, chances)
+
+
+def _signature(entry: SignatureEntry) -> Signature:
+    return Signature(
+        tuple(TensorSpec(t.name, t.datatype, t.shape) for t in entry.inputs),
+        tuple(TensorSpec(t.name, t.datatype, t.shape) for t in entry.outputs),
+    )

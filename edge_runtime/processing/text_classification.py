@@ -1,0 +1,113 @@
+"""Commands to intents: one BYTES tensor of texts in, a label and a calibrated confidence for each out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edge_runtime.core.errors import InvalidRequest, TooLarge
+from edge_runtime.core.messages import Answer, Row, Signature, Tensor, TensorSpec
+
+SIGNATURE = Signature(
+    inputs=(TensorSpec("text", "BYTES", (-1,)),),
+    outputs=(TensorSpec("intent", "BYTES", (-1,)), TensorSpec("confidence", "FP32", (-1,))),
+)
+
+
+class Featuriser(Protocol):
+    """Text -> the model's input arrays."""
+
+    def encode(self, text: str) -> Row:
+        """Return the arrays of one row, without the batch axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Logits -> probability of being right: softmax at `temperature`, its largest value through the knots.
+
+    `scores` rise and `chances` do not fall; between knots the map is linear, beyond them constant.
+    """
+
+    temperature: float
+    scores: tuple[float, ...]
+    chances: tuple[float, ...]
+
+    def confidence(self, logits: np.ndarray[tuple[int], np.dtype[np.float32]], best: int) -> float:
+        """Return the probability that label `best` (the largest logit) of `[labels] FP32` is right."""
+        shifted = (logits - logits[best]) / np.float32(self.temperature)
+        score = 1.0 / float(np.exp(shifted).sum())
+        return float(np.interp(score, self.scores, self.chances))
+
+
+class TextClassification:
+    """Splits requests into texts, encodes them, and reads logits `[labels]` as an answer."""
+
+    def __init__(
+        self,
+        featuriser: Featuriser,
+        labels: Sequence[str],
+        calibration: Calibration,
+        *,
+        version: str,
+        max_text_bytes: int,
+    ) -> None:
+        self._featuriser = featuriser
+        self._labels = tuple(label.encode("utf-8") for label in labels)
+        self._calibration = calibration
+        self._version = version
+        self._max_text_bytes = max_text_bytes
+
+    @property
+    def signature(self) -> Signature:
+        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`."""
+        return SIGNATURE
+
+    @property
+    def version(self) -> str:
+        """Part of every cache key."""
+        return self._version
+
+    @property
+    def labels(self) -> tuple[bytes, ...]:
+        """The intents, in the order of the logits."""
+        return self._labels
+
+    def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
+        """Return each text's exact UTF-8 bytes; see `Processor.split`."""
+        if len(inputs) != 1 or inputs[0].name != "text":
+            raise InvalidRequest("this model takes exactly one input, named 'text'")
+        (tensor,) = inputs
+        if tensor.datatype != "BYTES" or not isinstance(tensor.data, tuple):
+            raise InvalidRequest(f"input 'text' has datatype {tensor.datatype}; send BYTES")
+        if len(tensor.shape) != 1:
+            raise InvalidRequest(f"input 'text' has shape {list(tensor.shape)}; send [n], one text per row")
+        if not tensor.data:
+            raise InvalidRequest("input 'text' is empty; send at least one text")
+        if len(tensor.data) != tensor.shape[0]:
+            raise InvalidRequest(
+                f"input 'text' has {len(tensor.data)} texts where its shape says {tensor.shape[0]}"
+            )
+        for at, text in enumerate(tensor.data):
+            if len(text) > self._max_text_bytes:
+                raise TooLarge(
+                    f"text {at} has {len(text)} bytes; at most {self._max_text_bytes} are accepted, send less"
+                )
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InvalidRequest(
+                    f"text {at} is not UTF-8 (byte {error.start}); encode it as UTF-8"
+                ) from None
+        return list(tensor.data)
+
+    def encode(self, row: bytes) -> Row:
+        """Return the featuriser's arrays of one text."""
+        return self._featuriser.encode(row.decode("utf-8"))
+
+    def decode(self, output: Row) -> Answer:
+        """Return intent and confidence from logits `[labels] FP32`."""
+        logits = output[0]
+        best = int(logits.argmax())
+        confidence = self._calibration.confidence(logits, best)
+        return Answer((self._labels[best], np.float32(confidence)), confidence)
