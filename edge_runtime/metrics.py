@@ -1,0 +1,80 @@
+"""Prometheus text from the running totals; nothing is counted twice and nothing happens before a scrape."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from edge_runtime.service import Service
+from edge_runtime.uplink import Uplink
+
+
+class _Collector:
+    def __init__(self, service: Service, uplink: Uplink | None) -> None:
+        self._service = service
+        self._uplink = uplink
+
+    def collect(self) -> Iterable[Metric]:
+        yield from _models(self._service)
+        yield from _cache(self._service)
+        if self._uplink is not None:
+            yield from _cloud(self._uplink)
+
+
+def render(service: Service, uplink: Uplink | None) -> bytes:
+    """The whole exposition in Prometheus' text format; label sets are closed."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(service, uplink))
+    return generate_latest(registry)
+
+
+def _models(service: Service) -> Iterable[Metric]:
+    rows = CounterMetricFamily(
+        "edge_rows", "Rows answered, by where and why.", labels=["model", "origin", "reason"]
+    )
+    for labels, count in service.counters.outcomes.items():
+        rows.add_metric(labels, count)
+    yield rows
+    summaries = {
+        "requests": "End-to-end time of answered rows.",
+        "failures": "Rows the model failed on.",
+        "queue": "Time rows waited for the engine.",
+        "compute_input": "Time from raw input to tensors.",
+        "compute_infer": "Engine time, per row of the batch it ran in.",
+        "compute_output": "Time from tensors to answers.",
+        "cache_hit": "Look-ups that found an answer.",
+        "cache_miss": "Look-ups that found none.",
+    }
+    for name, text in summaries.items():
+        family = SummaryMetricFamily(f"edge_{name}_seconds", text, labels=["model"])
+        for info in service.models():
+            duration = getattr(service.statistics(info.name), name)
+            family.add_metric([info.name], duration.count, duration.ns / 1e9)
+        yield family
+    batches = CounterMetricFamily("edge_batches", "Batches run.", labels=["model"])
+    waiting = GaugeMetricFamily("edge_waiting_rows", "Rows that wait for the engine.", labels=["model"])
+    for info in service.models():
+        batches.add_metric([info.name], service.statistics(info.name).executions)
+        waiting.add_metric([info.name], service.waiting(info.name))
+    yield batches
+    yield waiting
+
+
+def _cache(service: Service) -> Iterable[Metric]:
+    yield CounterMetricFamily(
+        "edge_coalesced_rows", "Rows that waited for an equal one in flight.", service.counters.coalesced
+    )
+    if service.cache is not None:
+        yield GaugeMetricFamily("edge_cache_bytes", "Bytes the cache holds.", service.cache.size_bytes)
+        yield GaugeMetricFamily("edge_cache_entries", "Answers the cache holds.", len(service.cache))
+
+
+def _cloud(uplink: Uplink) -> Iterable[Metric]:
+    state = uplink.link_state()
+    yield GaugeMetricFamily("edge_link_up", "1 while connected to the broker.", int(state.is_connected))
+    yield GaugeMetricFamily("edge_breaker_open", "1 while the breaker is open.", int(state.is_breaker_open))
+    events = CounterMetricFamily("edge_uplink_events", "What happened on the way to the cloud.", labels=["event"])
+    for event, count in uplink.counters.items():
+        events.add_metric([event], count)
+    yield events

@@ -1,0 +1,333 @@
+"""The use case: a request comes in, each of its rows is answered from cache, edge or cloud, a reply goes out."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from edge_runtime.core.caching import Cache, KeyPrefix
+from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel
+from edge_runtime.core.escalation import LinkState, decide
+from edge_runtime.core.messages import (
+    DEGRADED_REASONS,
+    Answer,
+    InferReply,
+    InferRequest,
+    ModelInfo,
+    ModelStatistics,
+    Origin,
+    Reason,
+    Scalar,
+    Tensor,
+)
+from edge_runtime.lane import Lane, refusal
+from edge_runtime.processing import Processor
+from edge_runtime.replies import build_reply, read_answers, requested_outputs
+from edge_runtime.uplink import CloudUnavailable
+
+
+class Cloud(Protocol):
+    """What the service needs of the uplink."""
+
+    def link_state(self) -> LinkState:
+        """The state of the way to the cloud, now."""
+
+    async def ask(self, model: str, request: InferRequest, *, deadline_ns: int) -> InferReply:
+        """Ask the cloud tier. Raises CloudUnavailable with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row's answer, where it comes from and why, and where its time went in nanoseconds."""
+
+    answer: Answer
+    origin: Origin
+    reason: Reason
+    queue_ns: int = 0
+    infer_ns: int = 0
+    cloud_ns: int = 0
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether the cloud should have been asked and could not be."""
+        return self.reason in DEGRADED_REASONS
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A loaded model with its lane. `labels` is what a cloud answer may say; None: anything."""
+
+    info: ModelInfo
+    processor: Processor
+    lane: Lane
+    labels: frozenset[bytes] | None = None
+
+
+class _Abandoned(Exception):  # noqa: N818 - a signal between callers, never seen outside
+    """The caller that computed went away or was refused for its own deadline; the next one takes over."""
+
+
+@dataclass(slots=True)
+class _Travel:
+    """How one request wants to travel."""
+
+    prefix: KeyPrefix | None
+    is_private: bool
+    deadline_ns: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """Rows by (model, origin, reason), for metrics and status."""
+
+    outcomes: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    coalesced: int = 0
+
+    def count(self, model: str, outcome: Outcome) -> None:
+        key = (model, outcome.origin.value, outcome.reason.value)
+        self.outcomes[key] = self.outcomes.get(key, 0) + 1
+
+
+class Service:
+    """Serves requests for the loaded models; what the server and an embedding program call."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        *,
+        cache: Cache[Outcome] | None,
+        cloud: Cloud | None,
+        device_secret: bytes,
+        timeout_s: float,
+        cloud_timeout_s: float,
+    ) -> None:
+        """`device_secret`: 32 random bytes from which each tenant's cache key is derived."""
+        self._models = dict(models)
+        self._cache = cache
+        self._cloud = cloud
+        self._device_secret = device_secret
+        self._timeout_ns = int(timeout_s * 1e9)
+        self._cloud_timeout_ns = int(cloud_timeout_s * 1e9)
+        self._flights: dict[bytes, asyncio.Future[Outcome]] = {}
+        self._prefixes: dict[tuple[object, ...], KeyPrefix] = {}
+        self.counters = Counters()
+        self.is_ready = True
+
+    def models(self) -> list[ModelInfo]:
+        """All loaded models."""
+        return [served.info for served in self._models.values()]
+
+    def model(self, name: str, version: str | None = None) -> ModelInfo:
+        """One loaded model. Raises UnknownModel."""
+        return self._find(name, version).info
+
+    def statistics(self, name: str) -> ModelStatistics:
+        """The running totals of a model. Raises UnknownModel."""
+        return self._find(name, None).lane.statistics
+
+    def waiting(self, name: str) -> int:
+        """Rows of a model that wait for its engine."""
+        return self._find(name, None).lane.waiting
+
+    @property
+    def cache(self) -> Cache[Outcome] | None:
+        """The answer cache, for metrics."""
+        return self._cache
+
+    async def infer(
+        self,
+        model: str,
+        version: str | None,
+        request: InferRequest,
+        *,
+        tenant: str = "local",
+        deadline_ns: int | None = None,
+    ) -> InferReply:
+        """Answer every row of the request.
+
+        `deadline_ns` is in `time.monotonic_ns` terms; without it the configured time limit holds.
+        Raises InvalidRequest and its kin, Refused, EngineFailed.
+        """
+        started_ns = time.monotonic_ns()
+        served = self._find(model, version)
+        rows = served.processor.split(request.inputs)
+        outputs = [output.name for output in requested_outputs(served.info.signature, request)]
+        travel = self._travel(served, request, outputs, tenant, deadline_ns or started_ns + self._timeout_ns)
+        if len(rows) == 1:
+            outcomes = [await self._serve_row(served, rows[0], travel)]
+        else:
+            outcomes = await _all([self._serve_row(served, row, travel) for row in rows])
+        total_ns = time.monotonic_ns() - started_ns
+        served.lane.statistics.requests.add(total_ns, len(rows))
+        served.lane.statistics.last_inference_ms = time.time_ns() // 1_000_000
+        for outcome in outcomes:
+            self.counters.count(model, outcome)
+        return build_reply(
+            served.info.name,
+            served.info.version,
+            served.info.signature,
+            [outcome.answer for outcome in outcomes],
+            request,
+            _explain(outcomes, total_ns),
+        )
+
+    async def ask(self, text: str, *, model: str = "commands", is_private: bool = False) -> Outcome:
+        """Answer one text; the short way for programs that embed the runtime."""
+        served = self._find(model, None)
+        raw = text.encode()
+        (row,) = served.processor.split((Tensor("text", "BYTES", (1,), (raw,)),))
+        request = InferRequest((), parameters={"private": True} if is_private else {})
+        deadline_ns = time.monotonic_ns() + self._timeout_ns
+        names = [spec.name for spec in served.info.signature.outputs]
+        outcome = await self._serve_row(served, row, self._travel(served, request, names, "local", deadline_ns))
+        self.counters.count(model, outcome)
+        return outcome
+
+    def _find(self, name: str, version: str | None) -> ServedModel:
+        served = self._models.get(name)
+        if served is None:
+            raise UnknownModel(f"No such model is loaded; loaded are: {', '.join(self._models)}.")
+        if version is not None and version != served.info.version:
+            raise UnknownModel(f"Model {name} is loaded in version {served.info.version} only.")
+        return served
+
+    def _travel(
+        self, served: ServedModel, request: InferRequest, outputs: list[str], tenant: str, deadline_ns: int
+    ) -> _Travel:
+        is_private = _flag(request.parameters, "private", default=False)
+        wants_cache = _flag(request.parameters, "cache", default=True)
+        prefix = None
+        if self._cache is not None and wants_cache:
+            prefix = self._prefix(served, request.parameters, tuple(outputs), tenant)
+        return _Travel(prefix, is_private, deadline_ns)
+
+    def _prefix(
+        self, served: ServedModel, parameters: Mapping[str, Scalar], outputs: tuple[str, ...], tenant: str
+    ) -> KeyPrefix:
+        values = tuple((name, type(value), value) for name, value in parameters.items())
+        memo = (tenant, served.info.digest, values, outputs)
+        prefix = self._prefixes.get(memo)
+        if prefix is None:
+            if len(self._prefixes) >= 256:  # callers choose parameters: a memo, not a place to fill
+                self._prefixes.clear()
+            secret = hashlib.blake2b(tenant.encode(), key=self._device_secret, digest_size=32).digest()
+            prefix = KeyPrefix(secret, served.info.digest, served.processor.version, parameters, outputs)
+            self._prefixes[memo] = prefix
+        return prefix
+
+    async def _serve_row(self, served: ServedModel, row: bytes, travel: _Travel) -> Outcome:
+        """From the cache, or with whoever asks the same right now, or computed."""
+        if travel.prefix is None or self._cache is None:
+            return await self._compute(served, row, travel)
+        key = travel.prefix.key(row)
+        statistics = served.lane.statistics
+        while True:
+            looked_ns = time.monotonic_ns()
+            found = self._cache.get(looked_ns, key)
+            if found is not None:
+                statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
+                return replace(found, origin=Origin.CACHE, queue_ns=0, infer_ns=0, cloud_ns=0)
+            flight = self._flights.get(key)
+            if flight is None:
+                statistics.cache_miss.add(time.monotonic_ns() - looked_ns)
+                return await self._lead(served, row, travel, key)
+            self.counters.coalesced += 1
+            try:
+                async with asyncio.timeout((travel.deadline_ns - looked_ns) / 1e9):
+                    return await asyncio.shield(flight)
+            except _Abandoned:
+                continue
+            except TimeoutError:
+                raise refusal(RefusalKind.LATE) from None
+
+    async def _lead(self, served: ServedModel, row: bytes, travel: _Travel, key: bytes) -> Outcome:
+        """Compute for everybody who asks the same meanwhile; whatever happens, let the followers go."""
+        flight: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._flights[key] = flight
+        try:
+            outcome = await self._compute(served, row, travel)
+        except BaseException as error:
+            # A cancel or a refusal is this caller's own; followers have their own deadline and try again.
+            own = isinstance(error, Refused) or not isinstance(error, Exception)
+            flight.set_exception(_Abandoned() if own else error)
+            flight.exception()  # mark as seen: there may be no follower
+            raise
+        else:
+            flight.set_result(outcome)
+            if self._cache is not None and not outcome.is_degraded:
+                self._cache.put(time.monotonic_ns(), key, outcome, _payload_bytes(outcome.answer))
+            return outcome
+        finally:
+            del self._flights[key]
+
+    async def _compute(self, served: ServedModel, row: bytes, travel: _Travel) -> Outcome:
+        """Ask the edge's model; where it is unsure and nothing forbids it, ask the cloud."""
+        edge = await served.lane.run_timed(row, deadline_ns=travel.deadline_ns)
+        now_ns = time.monotonic_ns()
+        decision = decide(
+            confidence=edge.answer.confidence,
+            accept_threshold=served.info.accept_threshold,
+            link=None if self._cloud is None else self._cloud.link_state(),
+            is_private=travel.is_private,
+            remaining_ns=travel.deadline_ns - now_ns,
+        )
+        kept = Outcome(edge.answer, Origin.LOCAL, decision.reason, edge.queue_ns, edge.infer_ns)
+        if not decision.escalate or self._cloud is None:
+            return kept
+        deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
+        question = InferRequest((Tensor("text", "BYTES", (1,), (row,)),))
+        try:
+            reply = await self._cloud.ask(served.info.name, question, deadline_ns=deadline_ns)
+            (answer,) = _read_cloud(served, reply)
+        except CloudUnavailable as failure:
+            return replace(kept, reason=failure.reason, cloud_ns=time.monotonic_ns() - now_ns)
+        except (CloudError, InvalidRequest):
+            return replace(kept, reason=Reason.CLOUD_FAILED, cloud_ns=time.monotonic_ns() - now_ns)
+        return replace(kept, answer=answer, origin=Origin.CLOUD, cloud_ns=time.monotonic_ns() - now_ns)
+
+
+async def _all(rows: list[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:
+    """Run all; at the first failure cancel the rest and raise that failure itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(row, name=f"row-{i}") for i, row in enumerate(rows)]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _read_cloud(served: ServedModel, reply: InferReply) -> list[Answer]:
+    """The cloud's answer, believed only if it fits this device's own signature and labels (InvalidRequest)."""
+    answers = read_answers(served.info.signature, reply, 1, "confidence")
+    if served.labels is not None and any(answer.values[0] not in served.labels for answer in answers):
+        raise InvalidRequest("The cloud answered with a label this device does not know.")
+    return answers
+
+
+def _explain(outcomes: list[Outcome], total_ns: int) -> dict[str, Scalar]:
+    """The reply's parameters: one word where all rows agree, else one per row, joined by commas."""
+    origins = [outcome.origin.value for outcome in outcomes]
+    reasons = [outcome.reason.value for outcome in outcomes]
+    return {
+        "origin": origins[0] if len(set(origins)) == 1 else ",".join(origins),
+        "reason": reasons[0] if len(set(reasons)) == 1 else ",".join(reasons),
+        "degraded": any(outcome.is_degraded for outcome in outcomes),
+        "queue_us": max(outcome.queue_ns for outcome in outcomes) // 1000,
+        "infer_us": max(outcome.infer_ns for outcome in outcomes) // 1000,
+        "cloud_us": max(outcome.cloud_ns for outcome in outcomes) // 1000,
+        "total_us": total_ns // 1000,
+    }
+
+
+def _flag(parameters: Mapping[str, Scalar], name: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"Parameter {name} must be true or false.")
+    return value
+
+
+def _payload_bytes(answer: Answer) -> int:
+    return sum(len(value) if isinstance(value, bytes) else value.nbytes for value in answer.values)
+
