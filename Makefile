@@ -1,0 +1,47 @@
+# make help lists the targets. Each sets up what it needs on a fresh Debian machine.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test check format bench models perf clean broker
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "Python's venv module is missing; run: sudo apt-get install python3-venv"; exit 1; }
+	@echo "installing into .venv (a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+broker: ## install the MQTT broker if it is missing and may be installed
+	@./tools/install_broker.sh
+
+demo: $(READY) broker ## broker, cloud worker and daemon answer commands, with and without the cloud
+	@$(BIN)/python -m examples.demo
+
+check: $(READY) ## lint, formatting, strict types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: $(READY) broker check ## everything that must hold
+	@$(BIN)/python -m pytest
+
+format: $(READY) ## put the code into shape
+	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format --quiet .
+
+bench: $(READY) ## requests per second of the daemon under wrk, each text different
+	@$(BIN)/python -m tools.bench_daemon
+
+perf: $(READY) ## NVIDIA's perf_analyzer against the daemon
+	@./tools/perf_analyzer.sh
+
+models: $(READY) ## remake the shipped bundles (half an hour; needs ../shared/data or DATA=...)
+	@$(BIN)/python -m pip install --quiet --editable '.[train]'
+	@./tools/make_models.sh
+
+clean: ## remove what the other targets made
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

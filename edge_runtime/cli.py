@@ -1,0 +1,333 @@
+"""The command line: thin over the library. Data goes to stdout, notes to stderr.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 refused, or answered degraded.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import click
+
+from edge_runtime import __version__
+from edge_runtime.core.errors import ConfigError, EdgeRuntimeError, Refused
+
+P = ParamSpec("P")
+
+_config_option = click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), help="TOML file; without it the defaults hold."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
+    """Turn our errors into one sentence and an honest exit code."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except ConfigError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except Refused as error:
+            click.echo(f"refused: {error}", err=True)
+            sys.exit(3)
+        except EdgeRuntimeError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        sys.exit(code or 0)
+
+    return run
+
+
+class _Suggesting(click.Group):
+    """A group that answers a mistyped command with the near one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if near:
+                error.message += f" Did you mean {near[0]!r}?"
+            raise
+
+
+@click.group(cls=_Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edge-runtime")
+def main() -> None:
+    """Run small models on this device; ask the cloud only when unsure and allowed.
+
+    \b
+    Examples:
+      edge-runtime ask "turn the lights off"
+      edge-runtime serve --config edge.toml
+    """
+
+
+@main.command()
+@_config_option
+@_guarded
+def serve(config_path: Path | None) -> None:
+    """Run the daemon until SIGTERM.
+
+    \b
+    Examples:
+      edge-runtime serve
+      edge-runtime serve --config edge.toml
+    """
+    from edge_runtime.config import load_config
+
+    config = load_config(config_path)
+    from edge_runtime.daemon import run
+
+    run(config)
+
+
+@main.command()
+@click.argument("text")
+@click.option("--model", default="commands", show_default=True)
+@click.option("--private", is_flag=True, help="Never let this request leave the device.")
+@click.option("--no-cache", is_flag=True, help="Compute anew even if the answer is known.")
+@_config_option
+@_json_option
+@_guarded
+def ask(
+    text: str, model: str, private: bool, no_cache: bool, config_path: Path | None, as_json: bool
+) -> int:
+    """Ask one question, of the running daemon or, without one, right here.
+
+    \b
+    Examples:
+      edge-runtime ask "turn the lights off"
+      edge-runtime ask --json "what is the weather in Oslo" | jq .intent
+    """
+    from edge_runtime.core.messages import InferRequest, Tensor
+
+    parameters: dict[str, Any] = {}
+    if private:
+        parameters["private"] = True
+    if no_cache:
+        parameters["cache"] = False
+    raw = text.encode("utf-8", "surrogateescape")
+    request = InferRequest((Tensor("text", "BYTES", (1,), (raw,)),), parameters=parameters)
+    answer = _answer(_infer(model, request, config_path))
+    if as_json:
+        click.echo(json.dumps(answer, ensure_ascii=False))
+    else:
+        click.echo(describe(answer))
+    return 3 if answer["degraded"] else 0
+
+
+def _answer(reply: Any) -> dict[str, Any]:
+    columns = {tensor.name: tensor.data for tensor in reply.outputs}
+    if "intent" not in columns or "confidence" not in columns:
+        raise EdgeRuntimeError(f"Model {reply.model_name} does not answer text with an intent; use `infer` for it.")
+    return {
+        "intent": columns["intent"][0].decode("utf-8"),
+        "confidence": round(float(columns["confidence"][0]), 4),
+        **reply.parameters,
+        "ms": round(float(reply.parameters["total_us"]) / 1000, 2),
+        "model": reply.model_name,
+        "version": reply.model_version,
+    }
+
+
+def describe(answer: dict[str, Any]) -> str:
+    """One line a person likes to read."""
+    note = ", degraded" if answer["degraded"] else ""
+    return (
+        f"{answer['intent']}  {answer['confidence']:.0%} sure  "
+        f"{answer['origin']} ({answer['reason']}{note})  {answer['ms']:.1f} ms"
+    )
+
+
+@main.command()
+@click.argument("model")
+@click.argument("file", type=click.File("rb"))
+@_config_option
+@_guarded
+def infer(model: str, file: Any, config_path: Path | None) -> None:
+    """Send FILE (an Open Inference Protocol request in JSON; - for stdin) to MODEL; print the JSON reply.
+
+    \b
+    Examples:
+      edge-runtime infer commands request.json
+      echo '{"inputs":[{"name":"text","shape":[1],"datatype":"BYTES","data":["hi"]}]}' | edge-runtime infer commands -
+    """
+    from dataclasses import replace
+
+    from edge_runtime.core import wire
+
+    reply = _infer(model, wire.decode_request(file.read(), None), config_path)
+    body, _ = wire.encode_reply(replace(reply, binary_outputs=frozenset()))
+    click.echo(body.decode("utf-8"))
+
+
+def _infer(model: str, request: Any, config_path: Path | None) -> Any:
+    client = _client(config_path)
+    if client is not None:
+        return client.infer(model, request)
+
+    async def here() -> Any:
+        from edge_runtime.runtime import Runtime
+
+        async with Runtime.open(config_path) as runtime:
+            if runtime.uplink is not None:
+                await runtime.uplink.wait_connected(2.0)  # a first answer should not miss the cloud by a handshake
+            return await runtime.infer(model, request)
+
+    return asyncio.run(here())
+
+
+def _client(config_path: Path | None) -> Any:
+    """A client of the running daemon, or None where none runs."""
+    from edge_runtime.client import Client
+    from edge_runtime.config import load_config, socket_path
+
+    path = socket_path(load_config(config_path))
+    return Client(path) if path is not None and path.is_socket() and Client(path).is_alive() else None
+
+
+@main.command()
+@_config_option
+@_json_option
+@_guarded
+def status(config_path: Path | None, as_json: bool) -> None:
+    """Show what the running daemon does.
+
+    \b
+    Examples:
+      edge-runtime status
+      edge-runtime status --json | jq .cloud
+    """
+    client = _client(config_path)
+    if client is None:
+        raise EdgeRuntimeError("No daemon runs here; start one with: edge-runtime serve")
+    tree = client.get("/status")
+    if as_json:
+        click.echo(json.dumps(tree))
+        return
+    from edge_runtime.tables import print_status
+
+    print_status(tree)
+
+
+@main.group(cls=_Suggesting)
+def models() -> None:
+    """List, show and verify model bundles."""
+
+
+@models.command("list")
+@_config_option
+@_json_option
+@_guarded
+def models_list(config_path: Path | None, as_json: bool) -> None:
+    """List the configured models."""
+    from edge_runtime.bundle import find_bundle, load_bundle
+    from edge_runtime.config import load_config
+
+    rows = []
+    for name in load_config(config_path).models:
+        bundle = load_bundle(find_bundle(name))
+        manifest = bundle.manifest
+        rows.append(
+            {
+                "name": manifest.name,
+                "version": manifest.version,
+                "task": manifest.task,
+                "engine": manifest.engine,
+                "bytes": sum(entry.size for entry in manifest.files),
+                "digest": bundle.digest,
+            }
+        )
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    from edge_runtime.tables import print_models
+
+    print_models(rows)
+
+
+@models.command("show")
+@click.argument("bundle")
+@_json_option
+@_guarded
+def models_show(bundle: str, as_json: bool) -> None:
+    """Show a bundle's manifest and how the loaded model behaves. BUNDLE is a name or a path."""
+    import msgspec
+
+    from edge_runtime.bundle import find_bundle, load_bundle
+    from edge_runtime.model import load_model
+
+    loaded = load_bundle(find_bundle(bundle))
+    tree = msgspec.to_builtins(loaded.manifest)
+    model = load_model(bundle)
+    tree["digest"] = loaded.digest
+    tree["loaded"] = {"max_batch": model.info.max_batch, "batch_invariant": model.info.is_batch_invariant}
+    model.engine.close()
+    if as_json:
+        click.echo(json.dumps(tree))
+        return
+    from edge_runtime.tables import print_manifest
+
+    print_manifest(tree)
+
+
+@models.command("verify")
+@click.argument("bundle")
+@_json_option
+@_guarded
+def models_verify(bundle: str, as_json: bool) -> None:
+    """Check every digest of a bundle. BUNDLE is a name or a path; exit code 1 if it must not be used."""
+    from edge_runtime.bundle import find_bundle, load_bundle
+
+    loaded = load_bundle(find_bundle(bundle))
+    result = {"name": loaded.manifest.name, "version": loaded.manifest.version, "digest": loaded.digest, "ok": True}
+    line = f"ok: {result['name']} {result['version']} sha256:{loaded.digest}"
+    click.echo(json.dumps(result) if as_json else line)
+
+
+@main.group(cls=_Suggesting)
+def config() -> None:
+    """Check and show the configuration."""
+
+
+@config.command("check")
+@click.argument("path", type=click.Path(path_type=Path))
+@_json_option
+@_guarded
+def config_check(path: Path, as_json: bool) -> None:
+    """Check a configuration file; exit code 2 with file, key and fix where it cannot be used."""
+    from edge_runtime.config import load_config
+
+    load_config(path)
+    click.echo(json.dumps({"path": str(path), "ok": True}) if as_json else f"ok: {path}")
+
+
+@config.command("show")
+@_config_option
+@_json_option
+@_guarded
+def config_show(config_path: Path | None, as_json: bool) -> None:
+    """Show the configuration as it takes effect, defaults included."""
+    import msgspec
+
+    from edge_runtime.config import load_config, socket_path
+
+    effective = load_config(config_path)
+    tree = msgspec.to_builtins(effective)
+    tree["server"]["socket"] = str(socket_path(effective) or "off")
+    if as_json:
+        click.echo(json.dumps(tree))
+        return
+    from edge_runtime.tables import print_config
+
+    print_config(tree)

@@ -1,0 +1,65 @@
+"""The daemon: build, run, drain. Signals are handled here and nowhere else."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from edge_runtime.config import Config, socket_path, tcp_address
+from edge_runtime.runtime import Runtime
+from edge_runtime.server import start_server
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(config: Config, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; `announce` gets one line once requests are welcome.
+
+    A second signal ends the process at once with exit code 1. Raises ConfigError, BundleError.
+    """
+    stop = asyncio.Event()
+    _watch_signals(stop)
+    async with Runtime.open(config) as runtime:
+        server = await start_server(
+            runtime,
+            socket_path=socket_path(config),
+            tcp=tcp_address(config),
+            allowed_hosts=config.server.allowed_hosts,
+        )
+        try:
+            announce(f"ready: {', '.join(config.models)} on {' and '.join(server.addresses)}")
+            await stop.wait()
+            _log.info("event=draining")
+            await server.close_ingress()
+            await server.drain(config.requests.drain_s)
+        finally:
+            await server.close()
+    _log.info("event=stopped")
+
+
+def run(config: Config) -> None:
+    """Run `serve` on the quickest event loop there is."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+
+    def announce(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - the one line supervisors and people wait for
+
+    try:
+        import uvloop  # noqa: PLC0415 - absent on some platforms
+    except ImportError:
+        asyncio.run(serve(config, announce))
+    else:
+        uvloop.run(serve(config, announce))
+
+
+def _watch_signals(stop: asyncio.Event) -> None:
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)  # asked twice: the operator does not want to wait for the drain
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)

@@ -1,0 +1,147 @@
+"""Builds the service from a configuration, without any network listener: the runtime inside a program."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from edge_runtime import __version__
+from edge_runtime.config import Config, device_id, load_config
+from edge_runtime.core.batching import QueueLimits
+from edge_runtime.core.caching import Cache
+from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, Row
+from edge_runtime.lane import INLINE_LIMIT_NS, Lane
+from edge_runtime.metrics import render
+from edge_runtime.model import Model, load_model
+from edge_runtime.service import Outcome, ServedModel, Service
+from edge_runtime.uplink import Uplink
+
+
+class Runtime:
+    """The service and what it needs, alive inside `async with Runtime.open(...)`."""
+
+    def __init__(self, service: Service, config: Config, uplink: Uplink | None) -> None:
+        """Use `Runtime.open`."""
+        self.service = service
+        self.config = config
+        self.uplink = uplink
+        self._started_ns = time.monotonic_ns()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: Config | Path | None = None) -> AsyncIterator["Runtime"]:
+        """Load the models, start the uplink if one is configured, and close all of it at the end.
+
+        `config`: a Config, the path of a TOML file, or None for the defaults. Raises ConfigError,
+        BundleError.
+        """
+        if not isinstance(config, Config):
+            config = load_config(config)
+        async with AsyncExitStack() as stack:
+            models: dict[str, ServedModel] = {}
+            for name in config.models:
+                served = _serve(load_model(name, threads=config.threads), config)
+                stack.push_async_callback(served.lane.close)
+                if served.info.name in models:
+                    raise ConfigError(f"models: {served.info.name} is listed twice; remove one of them.")
+                models[served.info.name] = served
+            uplink = None
+            if config.cloud is not None:
+                uplink = Uplink(config.cloud, device=device_id(config.cloud))
+                stack.push_async_callback(uplink.close)
+                await uplink.start()
+            yield cls(_service(models, config, uplink), config, uplink)
+
+    async def ask(self, text: str, *, model: str = "commands", is_private: bool = False) -> Outcome:
+        """Answer one text. Raises InvalidRequest and its kin, Refused, EngineFailed."""
+        return await self.service.ask(text, model=model, is_private=is_private)
+
+    async def infer(self, model: str, request: InferRequest, *, deadline_ns: int | None = None) -> InferReply:
+        """Answer a request of the Open Inference Protocol; see `Service.infer`."""
+        return await self.service.infer(model, None, request, deadline_ns=deadline_ns)
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+        return render(self.service, self.uplink)
+
+    def status(self) -> dict[str, object]:
+        """What `edge-runtime status` shows, as JSON values."""
+        cache = self.service.cache
+        return {
+            "version": __version__,
+            "ready": self.service.is_ready,
+            "uptime_s": round((time.monotonic_ns() - self._started_ns) / 1e9, 1),
+            "memory_mb": _resident_mb(),
+            "models": [self._model_status(info) for info in self.service.models()],
+            "answers": [
+                {"model": model, "origin": origin, "reason": reason, "rows": rows}
+                for (model, origin, reason), rows in sorted(self.service.counters.outcomes.items())
+            ],
+            "cache": None if cache is None else {"entries": len(cache), "bytes": cache.size_bytes},
+            "cloud": None if self.uplink is None else self.uplink.status(),
+        }
+
+    def _model_status(self, info: ModelInfo) -> dict[str, object]:
+        statistics = self.service.statistics(info.name)
+        infer = statistics.compute_infer
+        return {
+            "name": info.name,
+            "version": info.version,
+            "platform": info.platform,
+            "max_batch": info.max_batch,
+            "batch_invariant": info.is_batch_invariant,
+            "accept_threshold": info.accept_threshold,
+            "rows": statistics.requests.count,
+            "batches": statistics.executions,
+            "mean_batch": round(infer.count / statistics.executions, 2) if statistics.executions else None,
+            "waiting": self.service.waiting(info.name),
+        }
+
+
+def _service(models: dict[str, ServedModel], config: Config, uplink: Uplink | None) -> Service:
+    cache: Cache[Outcome] | None = None
+    if config.cache.enabled:
+        cache = Cache(config.cache.max_bytes, int(config.cache.ttl_s * 1e9))
+    return Service(
+        models,
+        cache=cache,
+        cloud=uplink,
+        device_secret=secrets.token_bytes(32),
+        timeout_s=config.requests.timeout_s,
+        cloud_timeout_s=config.cloud.timeout_s if config.cloud is not None else 0.0,
+    )
+
+
+def _serve(model: Model, config: Config) -> ServedModel:
+    limits = QueueLimits(config.batch.max, config.batch.queue, config.batch.queue_bytes)
+    lane = Lane(
+        model.name, model.processor, model.engine, limits, is_inline=measure_ns(model) <= INLINE_LIMIT_NS
+    )
+    info = model.info
+    if config.escalation.accept is not None and info.accept_threshold is not None:
+        info = replace(info, accept_threshold=config.escalation.accept)
+    return ServedModel(info, model.processor, lane, model.labels)
+
+
+def measure_ns(model: Model) -> float:
+    """Median engine time of one row, in nanoseconds, after warming up; by it the lane chooses where to run."""
+    row: Row = model.sample_row()
+    times: list[int] = []
+    for _ in range(12):
+        started_ns = time.perf_counter_ns()
+        model.engine.run([row])
+        times.append(time.perf_counter_ns() - started_ns)
+    return median(times[2:])  # the first two pay for buffers and caches
+
+
+def _resident_mb() -> float | None:
+    """Resident memory of this process in MB; None where the system has no /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return round(pages * 4096 / 1e6, 1)
