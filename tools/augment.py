@@ -1,0 +1,58 @@
+"""New commands for the teacher to label: texts cut, crossed and worded differently. No labels are invented here."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def recombine(
+    texts: Sequence[str], labels: NDArray[np.int64], count: int, rng: np.random.Generator
+) -> list[str]:
+    """Return `count` texts, each made from one or two of `texts`.
+
+    Half are crossed within a label (the head of one, the tail of another), the rest are words dropped,
+    words swapped in from anywhere, two neighbours exchanged, a letter mistyped, or two labels crossed,
+    which gives the teacher's doubt something to say.
+    """
+    words = [text.split() for text in texts]
+    vocabulary = sorted({word for line in words for word in line})
+    by_label = {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
+    known = set(texts)
+    made: list[str] = []
+    while len(made) < count:
+        i = int(rng.integers(len(words)))
+        line = list(words[i])
+        kind = rng.random()
+        if kind < 0.5:
+            line = _cross(line, words[int(rng.choice(by_label[int(labels[i])]))], rng)
+        elif kind < 0.65:
+            line = [word for word in line if rng.random() > 0.2]
+        elif kind < 0.8:
+            line = [vocabulary[int(rng.integers(len(vocabulary)))] if rng.random() < 0.2 else w for w in line]
+        elif kind < 0.87 and len(line) > 1:
+            j = int(rng.integers(len(line) - 1))
+            line[j], line[j + 1] = line[j + 1], line[j]
+        elif kind < 0.93:
+            line = _mistype(line, rng)
+        else:
+            line = _cross(line, words[int(rng.integers(len(words)))], rng)
+        text = " ".join(line)
+        if text and text not in known:
+            known.add(text)
+            made.append(text)
+    return made
+
+
+def _cross(head: list[str], tail: list[str], rng: np.random.Generator) -> list[str]:
+    """The beginning of one line and the end of another, cut at random places."""
+    return head[: int(rng.integers(1, len(head) + 1))] + tail[int(rng.integers(0, len(tail))) :]
+
+
+def _mistype(line: list[str], rng: np.random.Generator) -> list[str]:
+    """One word with a letter left out or doubled."""
+    j = int(rng.integers(len(line)))
+    word = line[j]
+    k = int(rng.integers(len(word)))
+    line[j] = word[:k] + (word[k] * 2 if rng.random() < 0.5 else "") + word[k + 1 :]
+    return [word for word in line if word]
