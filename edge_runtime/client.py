@@ -1,0 +1,75 @@
+"""A small blocking client of the daemon's Unix socket, for the command line."""
+
+import http.client
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.core import wire
+from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused
+from edge_runtime.core.messages import InferReply, InferRequest
+
+_UNAVAILABLE = {429: RefusalKind.FULL, 503: RefusalKind.DRAINING, 504: RefusalKind.LATE}
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Client:
+    """Talks to the daemon behind one socket path; one connection per call."""
+
+    def __init__(self, path: Path, timeout_s: float = 30.0) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+
+    def is_alive(self) -> bool:
+        """Whether a daemon answers here."""
+        try:
+            return self._call("GET", "/v2/health/live", b"", {})[0] == 200
+        except EdgeRuntimeError:
+            return False
+
+    def get(self, path: str) -> dict[str, Any]:
+        """A JSON resource. Raises EdgeRuntimeError."""
+        status, _, body = self._call("GET", path, b"", {})
+        if status != 200:
+            raise EdgeRuntimeError(wire.decode_error(body)[0])
+        tree: dict[str, Any] = json.loads(body)
+        return tree
+
+    def infer(self, model: str, request: InferRequest) -> InferReply:
+        """Ask a model. Raises Refused, InvalidRequest or EdgeRuntimeError as the daemon answered."""
+        body, json_length = wire.encode_request(request, binary=True)
+        headers = {"Inference-Header-Content-Length": str(json_length)}
+        status, found, answer = self._call("POST", f"/v2/models/{model}/infer", body, headers)
+        if status == 200:
+            length = found.get("inference-header-content-length")
+            return wire.decode_reply(answer, None if length is None else int(length))
+        message, _ = wire.decode_error(answer)
+        if status in _UNAVAILABLE:
+            raise Refused(_UNAVAILABLE[status], message)
+        raise InvalidRequest(message) if status < 500 else EdgeRuntimeError(message)
+
+    def _call(
+        self, method: str, path: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = _UnixConnection(self._path, self._timeout_s)
+        try:
+            connection.request(method, path, body or None, headers)
+            reply = connection.getresponse()
+            return reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise EdgeRuntimeError(
+                f"The daemon at {self._path} does not answer ({error}); start one with: edge-runtime serve"
+            ) from None
+        finally:
+            connection.close()

@@ -1,0 +1,81 @@
+"""Statuses and bytes of answers: the error tree of the core in the words of HTTP."""
+
+from dataclasses import dataclass
+
+from edge_runtime.core import wire
+from edge_runtime.core.errors import (
+    CloudError,
+    EdgeRuntimeError,
+    InvalidRequest,
+    RefusalKind,
+    Refused,
+    TooLarge,
+    UnknownModel,
+    Unsupported,
+)
+
+_PHRASES = {
+    200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
+    417: "Expectation Failed", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
+    504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+}  # fmt: skip
+_REFUSED = {
+    RefusalKind.FULL: 429,
+    RefusalKind.QUOTA: 429,
+    RefusalKind.LATE: 504,
+    RefusalKind.CANCELLED: 503,
+    RefusalKind.DRAINING: 503,
+}
+_KINDS: tuple[tuple[type[EdgeRuntimeError], int], ...] = (
+    (TooLarge, 413),
+    (UnknownModel, 404),
+    (Unsupported, 501),
+    (InvalidRequest, 400),
+    (CloudError, 502),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """One answer before it is written. `json_length` is set where raw tensors follow the JSON."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    json_length: int | None = None
+    retry_after_s: float | None = None
+    allow: str = ""
+
+    def encode(self, *, keep_alive: bool) -> bytes:
+        """Head and body in one piece, so that one write sends it."""
+        head = [f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nContent-Length: {len(self.body)}\r\n"]
+        if self.json_length is not None:
+            head.append(f"Inference-Header-Content-Length: {self.json_length}\r\n")
+            head.append("Content-Type: application/octet-stream\r\n")
+        elif self.body:
+            head.append(f"Content-Type: {self.content_type}\r\n")
+        if self.retry_after_s is not None:
+            head.append(f"Retry-After: {max(1, round(self.retry_after_s))}\r\n")
+        if self.allow:
+            head.append(f"Allow: {self.allow}\r\n")
+        if not keep_alive:
+            head.append("Connection: close\r\n")
+        return "".join(head).encode("latin-1") + b"\r\n" + self.body
+
+
+def error_answer(status: int, message: str, *, allow: str = "") -> HttpAnswer:
+    """An error in the protocol's form."""
+    return HttpAnswer(status, wire.encode_error(message), allow=allow)
+
+
+def answer_for(error: EdgeRuntimeError) -> HttpAnswer:
+    """The answer an error of the tree deserves."""
+    if isinstance(error, Refused):
+        body = wire.encode_error(str(error), reason=error.kind.value)
+        return HttpAnswer(_REFUSED[error.kind], body, retry_after_s=error.retry_after_s)
+    for kind, status in _KINDS:
+        if isinstance(error, kind):
+            return error_answer(status, str(error))
+    return error_answer(500, str(error))

@@ -1,0 +1,244 @@
+"""Paths of the Open Inference Protocol v2 -> calls of the service."""
+
+import re
+import time
+import zlib
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from edge_runtime import __version__
+from edge_runtime.core import wire
+from edge_runtime.core.errors import InvalidRequest, TooLarge, UnknownModel
+from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, ModelStatistics, TensorSpec
+from edge_runtime.server.answers import HttpAnswer, error_answer
+
+_encode = msgspec.json.Encoder().encode
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_NOT_OFFERED = ("logging", "trace", "systemsharedmemory", "cudasharedmemory")
+
+
+class InferenceService(Protocol):
+    """What the routes need of the service."""
+
+    is_ready: bool
+
+    def infer(
+        self, model: str, version: str | None, request: InferRequest, *, tenant: str, deadline_ns: int | None
+    ) -> Awaitable[InferReply]: ...
+    def models(self) -> list[ModelInfo]: ...
+    def model(self, name: str, version: str | None = None) -> ModelInfo: ...
+    def statistics(self, name: str) -> ModelStatistics: ...
+
+
+class Application(Protocol):
+    """The service and what is told about it."""
+
+    @property
+    def service(self) -> InferenceService: ...
+    def metrics(self) -> bytes: ...
+    def status(self) -> dict[str, object]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One complete request; header names are lower case, values stripped."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+async def answer(application: Application, request: HttpRequest, *, body_limit: int) -> HttpAnswer:
+    """Answer one request. Raises the errors of the core."""
+    path = request.path.partition("?")[0]
+    if path in ("/metrics", "/status"):
+        return _only("GET", request) or _told(application, path)
+    parts = path.strip("/").split("/")
+    if parts[0] != "v2":
+        return error_answer(404, "No such path; the API begins at /v2.")
+    match parts[1:]:
+        case []:
+            return _only("GET", request) or _json(_SERVER)
+        case ["health", "live" | "ready" as which]:
+            return _only("GET", request) or _health(application.service, which)
+        case ["models", "stats"]:
+            return _only("GET", request) or _statistics(application.service, None)
+        case ["repository", "index"]:
+            return _only("POST", request) or _index(application.service)
+        case ["models", name, *rest]:
+            return await _model(application.service, request, name, rest, body_limit)
+        case [first, *_] if first in _NOT_OFFERED or first == "repository":
+            return error_answer(501, "This extension of the protocol is not offered.")
+    return error_answer(404, "No such path; see GET /v2.")
+
+
+_SERVER = {
+    "name": "edge-runtime",
+    "version": __version__,
+    "extensions": ["binary_tensor_data", "model_configuration", "statistics", "model_repository(index)"],
+}
+
+
+async def _model(
+    service: InferenceService, request: HttpRequest, name: str, rest: list[str], body_limit: int
+) -> HttpAnswer:
+    version = None
+    if len(rest) >= 2 and rest[0] == "versions":
+        version, rest = rest[1], rest[2:]
+    if not _NAME.fullmatch(name):
+        raise UnknownModel("No model has such a name; see POST /v2/repository/index.")
+    match rest:
+        case ["infer"]:
+            return _only("POST", request) or await _infer(service, request, name, version, body_limit)
+        case []:
+            return _only("GET", request) or _json(_metadata(service.model(name, version)))
+        case ["ready"]:
+            service.model(name, version)
+            return _only("GET", request) or _json({"name": name, "ready": True})
+        case ["config"]:
+            return _only("GET", request) or _json(_config(service.model(name, version)))
+        case ["stats"]:
+            return _only("GET", request) or _statistics(service, service.model(name, version))
+    return error_answer(404, "A model has no such path.")
+
+
+async def _infer(
+    service: InferenceService, request: HttpRequest, name: str, version: str | None, body_limit: int
+) -> HttpAnswer:
+    length = request.headers.get("inference-header-content-length")
+    if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= 10):
+        raise InvalidRequest("Inference-Header-Content-Length must be a number of bytes.")
+    body = _plain(request, body_limit)
+    question = wire.decode_request(body, None if length is None else int(length))
+    reply = await service.infer(name, version, question, tenant="local", deadline_ns=_deadline_ns(question))
+    encoded, json_length = wire.encode_reply(reply)
+    return HttpAnswer(200, encoded, json_length=json_length)
+
+
+def _deadline_ns(question: InferRequest) -> int | None:
+    """The protocol's `timeout` parameter in microseconds, as Triton reads it."""
+    timeout = question.parameters.get("timeout")
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 < timeout <= 86_400_000_000:
+        raise InvalidRequest("Parameter timeout must be a positive whole number of microseconds, at most one day.")
+    return time.monotonic_ns() + timeout * 1000
+
+
+def _plain(request: HttpRequest, limit: int) -> bytes:
+    coding = request.headers.get("content-encoding", "identity")
+    if coding == "identity":
+        return request.body
+    if coding not in ("gzip", "deflate"):
+        raise InvalidRequest("This Content-Encoding is not offered; send gzip, deflate or plain.")
+    inflate = zlib.decompressobj(31 if coding == "gzip" else 15)
+    try:
+        plain = inflate.decompress(request.body, limit + 1)
+    except zlib.error:
+        raise InvalidRequest("The compressed body is corrupt.") from None
+    if len(plain) > limit:
+        raise TooLarge(f"The body inflates to more than {limit} bytes.")
+    if not inflate.eof or inflate.unused_data:
+        raise InvalidRequest("The compressed body is truncated or has trailing bytes.")
+    return plain
+
+
+def _only(method: str, request: HttpRequest) -> HttpAnswer | None:
+    return None if request.method == method else error_answer(405, f"Use {method} here.", allow=method)
+
+
+def _json(tree: object) -> HttpAnswer:
+    return HttpAnswer(200, _encode(tree))
+
+
+def _told(application: Application, path: str) -> HttpAnswer:
+    if path == "/metrics":
+        return HttpAnswer(200, application.metrics(), "text/plain; version=0.0.4; charset=utf-8")
+    return _json(application.status())
+
+
+def _health(service: InferenceService, which: str) -> HttpAnswer:
+    if which == "ready" and not service.is_ready:
+        return HttpAnswer(503, _encode({"ready": False}))
+    return _json({which: True})
+
+
+def _index(service: InferenceService) -> HttpAnswer:
+    return _json(
+        [{"name": m.name, "version": m.version, "state": "READY", "reason": ""} for m in service.models()]
+    )
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+
+
+def _metadata(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "versions": [model.version],
+        "platform": model.platform,
+        "inputs": [_tensor(spec) for spec in model.signature.inputs],
+        "outputs": [_tensor(spec) for spec in model.signature.outputs],
+    }
+
+
+def _config(model: ModelInfo) -> dict[str, Any]:
+    """The few fields of Triton's model configuration that its clients read."""
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": spec.name,
+                "data_type": "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}",
+                "dims": spec.shape,
+            }
+            for spec in specs
+        ]
+
+    return {
+        "name": model.name,
+        "platform": model.platform,
+        "backend": model.platform.partition("_")[0],
+        "max_batch_size": 0,  # texts travel as [n], so clients must not add a batch axis of their own
+        "input": tensors(model.signature.inputs),
+        "output": tensors(model.signature.outputs),
+        "parameters": {"max_batch": {"string_value": str(model.max_batch)}},
+    }
+
+
+def _statistics(service: InferenceService, model: ModelInfo | None) -> HttpAnswer:
+    models = service.models() if model is None else [model]
+    return _json({"model_stats": [_stats_tree(info, service.statistics(info.name)) for info in models]})
+
+
+def _stats_tree(info: ModelInfo, statistics: ModelStatistics) -> dict[str, Any]:
+    def duration(name: str) -> dict[str, int]:
+        value = getattr(statistics, name)
+        return {"count": value.count, "ns": value.ns}
+
+    return {
+        "name": info.name,
+        "version": info.version,
+        "last_inference": statistics.last_inference_ms,
+        "inference_count": statistics.requests.count,
+        "execution_count": statistics.executions,
+        "inference_stats": {
+            "success": duration("requests"),
+            "fail": duration("failures"),
+            "queue": duration("queue"),
+            "compute_input": duration("compute_input"),
+            "compute_infer": duration("compute_infer"),
+            "compute_output": duration("compute_output"),
+            "cache_hit": duration("cache_hit"),
+            "cache_miss": duration("cache_miss"),
+        },
+        "batch_stats": [
+            {"batch_size": size, "compute_infer": {"count": count, "ns": 0}}
+            for size, count in sorted(statistics.batch_sizes.items())
+        ],
+    }
