@@ -215,21 +215,24 @@ def _read(folder: int, name: str, limit: int, where: str, may_be_linked: bool) -
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            state = os.fstat(handle)
+            if not stat.S_ISREG(state.st_mode) or (state.st_nlink != 1 and not may_be_linked):
+                raise BundleError(
+                    f"{where}: {name} is not a plain file of its own; copy the bundle without links"
+                )
+            if state.st_size > limit:
+                raise BundleError(
+                    f"{where}: {name} has {state.st_size} bytes where {limit} are allowed; copy it again"
+                )
+            with open(handle, "rb", closefd=False) as file:  # noqa: PTH123 - there is no path, only a descriptor
+                return file.read(limit + 1)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise BundleError(
             f"{where}: {name} cannot be opened ({error.strerror}); copy the bundle again"
         ) from None
-    with open(handle, "rb", buffering=0) as file:  # noqa: PTH123 - there is no path, only a descriptor
-        state = os.fstat(handle)
-        if not stat.S_ISREG(state.st_mode) or (state.st_nlink != 1 and not may_be_linked):
-            raise BundleError(
-                f"{where}: {name} is not a plain file of its own; copy the bundle without links"
-            )
-        if state.st_size > limit:
-            raise BundleError(
-                f"{where}: {name} has {state.st_size} bytes where {limit} are allowed; copy it again"
-            )
-        return file.read(limit + 1) or b""
 
 
 def _parse(raw: bytes, where: str) -> Manifest:
