@@ -225,7 +225,7 @@ def _read(folder: int, name: str, limit: int, where: str, may_be_linked: bool) -
                 raise BundleError(
                     f"{where}: {name} has {state.st_size} bytes where {limit} are allowed; copy it again"
                 )
-            with open(handle, "rb", closefd=False) as file:  # noqa: PTH123 - there is no path, only a descriptor
+            with open(handle, "rb", closefd=False) as file:
                 return file.read(limit + 1)
         finally:
             os.close(handle)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from edge_runtime.engines import Engine
 from edge_runtime.processing import Processor
 from edge_runtime.processing.build import build_processor
 from edge_runtime.processing.tensors import DTYPES
+from edge_runtime.processing.text_classification import TextClassification
 
 #: Other kernels for other batch sizes round differently, near 1e-7 of a value; scales shared by a batch
 #: show at 1e-2. Anything between is not expected, and counts as dependence.
@@ -80,7 +82,8 @@ def load_model(name_or_path: str | os.PathLike[str], *, threads: int = 1) -> Mod
     )
     try:
         probes = _probes(processor)
-        engine.run(probes[:1])
+        (output,) = engine.run(probes[:1])
+        _check_output(processor, output)
         if engine.max_batch > 1 and not rows_are_independent(engine, probes):
             engine.deny_batches()
     except EngineFailed as error:
@@ -102,6 +105,16 @@ def load_model(name_or_path: str | os.PathLike[str], *, threads: int = 1) -> Mod
     )
 
 
+def sample_row(processor: Processor) -> Row:
+    """One plausible row, to warm up and to time an engine with."""
+    return _probes(processor)[0]
+
+
+def labels_of(processor: Processor) -> frozenset[bytes] | None:
+    """The labels a task can answer with; None where it has none."""
+    return frozenset(processor.labels) if isinstance(processor, TextClassification) else None
+
+
 def rows_are_independent(engine: Engine, probes: list[Row]) -> bool:
     """Whether each probe gets the same answer alone as among the others, to 1e-5 of its largest value.
 
@@ -118,6 +131,25 @@ def rows_are_independent(engine: Engine, probes: list[Row]) -> bool:
             if not np.allclose(one, other, rtol=0.0, atol=limit, equal_nan=True):
                 return False
     return True
+
+
+def _check_output(processor: Processor, output: Row) -> None:
+    """Refuse a model whose outputs are not what the processor reads or the signature promises."""
+    wanted: list[tuple[np.dtype[Any], tuple[int, ...]]]
+    if isinstance(processor, TextClassification):
+        wanted = [(np.dtype(np.float32), (len(processor.labels),))]
+    else:
+        specs = processor.signature.outputs
+        wanted = [(DTYPES[spec.datatype], spec.shape[1:]) for spec in specs]
+    fits = len(wanted) == len(output) and all(
+        array.dtype == dtype
+        and len(array.shape) == len(shape)
+        and all(want in (-1, have) for want, have in zip(shape, array.shape, strict=True))
+        for array, (dtype, shape) in zip(output, wanted, strict=True)
+    )
+    if not fits:
+        got = ", ".join(f"{array.dtype} {list(array.shape)}" for array in output)
+        raise EngineFailed(f"it returns {got} per row, which is not what the labels or the signature ask for")
 
 
 def _probes(processor: Processor) -> list[Row]:

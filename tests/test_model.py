@@ -215,6 +215,37 @@ def test_unfit_bundles_are_refused_in_one_sentence(tmp_path, changes, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("datatype", "shape"), [("FP32", [-1, 3]), ("FP64", [-1, 2]), ("FP32", [-1])])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_signature_that_is_not_the_models_is_refused(tmp_path, side, datatype, shape):
+    signature = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 2]}],
+    }
+    signature[side] = [{"name": "x", "datatype": datatype, "shape": shape}]
+    with pytest.raises(BundleError, match="does not fit"):
+        load_model(tensor_bundle(tmp_path / "tiny", DOUBLE, signature=signature))
+
+
+def test_labels_must_be_as_many_as_logits(tmp_path):
+    slots = helper.make_tensor_value_info("slots", TensorProto.INT32, ["n", 4])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 4])
+    node = helper.make_node("Cast", ["slots"], ["logits"], to=TensorProto.FLOAT)
+    graph = helper.make_graph([node], "main", [slots], [logits])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    folder = tensor_bundle(tmp_path / "tiny", DOUBLE)
+    fields = {**TEXT, "name": "tiny", "version": "1", "task": "text-classification", "engine": "onnx"}
+    fields |= {"model": "model.onnx", "batch": {"max": 2, "invariant": True}, "licence": "x"}
+    parameters = {"slots": 4, "buckets": 9, "grams": [3]}
+    fields["processing"] = {"kind": "text_ngrams", "version": "1", "parameters": parameters}
+    payloads = {"model.onnx": model.SerializeToString(), "labels.json": b'["a","b","c","d"]'}
+    write_bundle(folder, fields, payloads)
+    load_model(folder)
+    write_bundle(folder, fields, {**payloads, "labels.json": b'["a","b","c"]'})
+    with pytest.raises(BundleError, match="does not fit"):
+        load_model(folder)
+
+
 def test_external_data_is_refused_at_load(tmp_path):
     weight = numpy_helper.from_array(np.zeros(2, np.float32), "w")
     weight.ClearField("raw_data")

@@ -153,12 +153,15 @@ class OnnxEngine:
         if len(row) != len(self.inputs):
             raise EngineFailed(f"the model has {len(self.inputs)} inputs, and the row {len(row)} arrays")
         for port, array in zip(self.inputs, row, strict=True):
-            fits = len(array.shape) == len(port.shape) and all(
-                want in (None, have) for want, have in zip(port.shape, array.shape, strict=True)
+            fits = (
+                array.dtype == port.dtype
+                and len(array.shape) == len(port.shape)
+                and all(want in (None, have) for want, have in zip(port.shape, array.shape, strict=True))
             )
             if not fits:
                 raise EngineFailed(
-                    f"input {port.name!r} of the model has shape {port.shape}, the row {array.shape}"
+                    f"input {port.name!r} of the model is {port.dtype} {list(port.shape)} per row, "
+                    f"and the row {array.dtype} {list(array.shape)}"
                 )
 
     def _bind(self, shapes: tuple[tuple[int, ...], ...], size: int) -> _Bound:
