@@ -228,6 +228,7 @@ def main() -> None:
         print(f"packing the weights of {arguments.checkpoint}", file=sys.stderr)
         encoder.load_state_dict(torch.load(arguments.checkpoint, weights_only=True))
     else:
+        arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         fine_tune(
             encoder,
             ids,

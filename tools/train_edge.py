@@ -101,6 +101,7 @@ def main() -> None:
 
         fit(net, slots_of(texts), labels, teacher, recipe, seed=arguments.seed, after_epoch=after_epoch)
         if arguments.checkpoint:
+            arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             torch.save(net.state_dict(), arguments.checkpoint)
     calibration, report = calibrate(
         logits_of(net, val),
@@ -134,6 +135,7 @@ def _taught(bundle: Path, cache: Path | None, texts: Sequence[str]) -> NDArray[n
         return np.asarray(np.load(cache), np.float32)
     logits = bundle_logits(bundle, texts)
     if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, logits)
     return logits
 
