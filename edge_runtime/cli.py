@@ -19,7 +19,10 @@ from edge_runtime.core.errors import ConfigError, EdgeRuntimeError, Refused
 P = ParamSpec("P")
 
 _config_option = click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), help="TOML file; without it the defaults hold."
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="TOML file; without it the defaults hold.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -55,9 +58,9 @@ class _Suggesting(click.Group):
             import difflib
 
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if near:
-                error.message += f" Did you mean {near[0]!r}?"
-            raise
+            if not near:
+                raise
+            raise click.UsageError(f"{error.format_message()} Did you mean {near[0]!r}?", ctx) from None
 
 
 @click.group(cls=_Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,9 +102,7 @@ def serve(config_path: Path | None) -> None:
 @_config_option
 @_json_option
 @_guarded
-def ask(
-    text: str, model: str, private: bool, no_cache: bool, config_path: Path | None, as_json: bool
-) -> int:
+def ask(text: str, model: str, private: bool, no_cache: bool, config_path: Path | None, as_json: bool) -> int:
     """Ask one question, of the running daemon or, without one, right here.
 
     \b
@@ -129,7 +130,9 @@ def ask(
 def _answer(reply: Any) -> dict[str, Any]:
     columns = {tensor.name: tensor.data for tensor in reply.outputs}
     if "intent" not in columns or "confidence" not in columns:
-        raise EdgeRuntimeError(f"Model {reply.model_name} does not answer text with an intent; use `infer` for it.")
+        raise EdgeRuntimeError(
+            f"Model {reply.model_name} does not answer text with an intent; use `infer` for it."
+        )
     return {
         "intent": columns["intent"][0].decode("utf-8"),
         "confidence": round(float(columns["confidence"][0]), 4),
@@ -181,7 +184,9 @@ def _infer(model: str, request: Any, config_path: Path | None) -> Any:
 
         async with Runtime.open(config_path) as runtime:
             if runtime.uplink is not None:
-                await runtime.uplink.wait_connected(2.0)  # a first answer should not miss the cloud by a handshake
+                await runtime.uplink.wait_connected(
+                    2.0
+                )  # a first answer should not miss the cloud by a handshake
             return await runtime.infer(model, request)
 
     return asyncio.run(here())
@@ -290,7 +295,12 @@ def models_verify(bundle: str, as_json: bool) -> None:
     from edge_runtime.bundle import find_bundle, load_bundle
 
     loaded = load_bundle(find_bundle(bundle))
-    result = {"name": loaded.manifest.name, "version": loaded.manifest.version, "digest": loaded.digest, "ok": True}
+    result = {
+        "name": loaded.manifest.name,
+        "version": loaded.manifest.version,
+        "digest": loaded.digest,
+        "ok": True,
+    }
     line = f"ok: {result['name']} {result['version']} sha256:{loaded.digest}"
     click.echo(json.dumps(result) if as_json else line)
 

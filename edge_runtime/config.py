@@ -104,7 +104,7 @@ def check_config(config: Config, where: str) -> None:
             if not _ID.fullmatch(value):
                 raise ConfigError(
                     f"{where}: [cloud] {key}: expected an id of lower-case letters, digits, '.', '_' or '-', "
-                    f"at most 64 long. Write for example {key} = \"kitchen-1\"."
+                    f'at most 64 long. Write for example {key} = "kitchen-1".'
                 )
         if not re.fullmatch(r"mqtts?://[^/\s:@]+(:\d{1,5})?", config.cloud.broker):
             raise ConfigError(
@@ -119,7 +119,9 @@ def tcp_address(config: Config, where: str = "config") -> tuple[str, int] | None
         return None
     host, _, port = config.server.tcp.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65_535:
-        raise ConfigError(f'{where}: [server] tcp: expected HOST:PORT or "off". Write tcp = "127.0.0.1:8080".')
+        raise ConfigError(
+            f'{where}: [server] tcp: expected HOST:PORT or "off". Write tcp = "127.0.0.1:8080".'
+        )
     return host.strip("[]"), int(port)
 
 

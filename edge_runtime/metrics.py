@@ -74,7 +74,9 @@ def _cloud(uplink: Uplink) -> Iterable[Metric]:
     state = uplink.link_state()
     yield GaugeMetricFamily("edge_link_up", "1 while connected to the broker.", int(state.is_connected))
     yield GaugeMetricFamily("edge_breaker_open", "1 while the breaker is open.", int(state.is_breaker_open))
-    events = CounterMetricFamily("edge_uplink_events", "What happened on the way to the cloud.", labels=["event"])
+    events = CounterMetricFamily(
+        "edge_uplink_events", "What happened on the way to the cloud.", labels=["event"]
+    )
     for event, count in uplink.counters.items():
         events.add_metric([event], count)
     yield events

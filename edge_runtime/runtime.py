@@ -13,10 +13,10 @@ from edge_runtime.config import Config, device_id, load_config
 from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.caching import Cache
 from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, Row
+from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo
 from edge_runtime.lane import INLINE_LIMIT_NS, Lane
 from edge_runtime.metrics import render
-from edge_runtime.model import Model, load_model
+from edge_runtime.model import Model, labels_of, load_model, sample_row
 from edge_runtime.service import Outcome, ServedModel, Service
 from edge_runtime.uplink import Uplink
 
@@ -124,12 +124,12 @@ def _serve(model: Model, config: Config) -> ServedModel:
     info = model.info
     if config.escalation.accept is not None and info.accept_threshold is not None:
         info = replace(info, accept_threshold=config.escalation.accept)
-    return ServedModel(info, model.processor, lane, model.labels)
+    return ServedModel(info, model.processor, lane, labels_of(model.processor))
 
 
 def measure_ns(model: Model) -> float:
     """Median engine time of one row, in nanoseconds, after warming up; by it the lane chooses where to run."""
-    row: Row = model.sample_row()
+    row = sample_row(model.processor)
     times: list[int] = []
     for _ in range(12):
         started_ns = time.perf_counter_ns()

@@ -181,7 +181,9 @@ class Service:
         request = InferRequest((), parameters={"private": True} if is_private else {})
         deadline_ns = time.monotonic_ns() + self._timeout_ns
         names = [spec.name for spec in served.info.signature.outputs]
-        outcome = await self._serve_row(served, row, self._travel(served, request, names, "local", deadline_ns))
+        outcome = await self._serve_row(
+            served, row, self._travel(served, request, names, "local", deadline_ns)
+        )
         self.counters.count(model, outcome)
         return outcome
 
@@ -330,4 +332,3 @@ def _flag(parameters: Mapping[str, Scalar], name: str, *, default: bool) -> bool
 
 def _payload_bytes(answer: Answer) -> int:
     return sum(len(value) if isinstance(value, bytes) else value.nbytes for value in answer.values)
-

@@ -44,7 +44,9 @@ def print_manifest(tree: dict[str, Any]) -> None:
     rows = []
     for key, value in tree.items():
         text = str(value)
-        rows.append([key, text if len(text) <= 160 else f"{text[:150]}... ({len(text)} characters; see --json)"])
+        rows.append(
+            [key, text if len(text) <= 160 else f"{text[:150]}... ({len(text)} characters; see --json)"]
+        )
     _print("bundle", ["field", "value"], rows)
 
 

@@ -28,7 +28,9 @@ def load_toml(path: Path, kind: type[Typed]) -> Typed:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the name and its permissions.") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); check the name and its permissions."
+        ) from None
     try:
         tree = tomllib.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
@@ -75,5 +77,19 @@ def _keys(kind: type[msgspec.Struct], path: list[str]) -> list[str]:
     for part in path:
         types = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
         options = [types[part], *getattr(types[part], "__args__", ())]
-        kind = next(option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct))
+        kind = next(
+            option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)
+        )
     return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
+def read_secret(path: str) -> str:
+    """The password in a file, or "" without one. Raises ConfigError."""
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            f"password_file: {path} cannot be read; check the name and its permissions."
+        ) from None

@@ -111,7 +111,9 @@ def decode_reply(body: bytes, json_length: int | None) -> InferReply:
 def encode_request(request: InferRequest, *, binary: bool = False) -> tuple[bytes, int | None]:
     """Encode a request; the second value is the length of its JSON part, or None if that is all."""
     tail: list[bytes] = []
-    tree: dict[str, Any] = {"inputs": [_tensor_tree(tensor, tail if binary else None) for tensor in request.inputs]}
+    tree: dict[str, Any] = {
+        "inputs": [_tensor_tree(tensor, tail if binary else None) for tensor in request.inputs]
+    }
     if request.id:
         tree["id"] = request.id
     parameters = dict(request.parameters)
@@ -132,7 +134,8 @@ def encode_reply(reply: InferReply) -> tuple[bytes, int | None]:
         "model_version": reply.model_version,
         "parameters": reply.parameters,
         "outputs": [
-            _tensor_tree(tensor, tail if tensor.name in reply.binary_outputs else None) for tensor in reply.outputs
+            _tensor_tree(tensor, tail if tensor.name in reply.binary_outputs else None)
+            for tensor in reply.outputs
         ],
     }
     if reply.id:
@@ -160,7 +163,9 @@ def _split(body: bytes, json_length: int | None) -> tuple[bytes, memoryview]:
             raise TooLarge(f"The JSON body is longer than {LIMITS.json_bytes} bytes; send tensors in binary.")
         return body, memoryview(b"")
     if not 0 <= json_length <= len(body):
-        raise InvalidRequest("Inference-Header-Content-Length is longer than the body; send the length of the JSON.")
+        raise InvalidRequest(
+            "Inference-Header-Content-Length is longer than the body; send the length of the JSON."
+        )
     if json_length > LIMITS.header_bytes:
         raise TooLarge(f"The JSON header is longer than {LIMITS.header_bytes} bytes.")
     return body[:json_length], memoryview(body)[json_length:]
@@ -172,7 +177,9 @@ def _decode(decoder: "msgspec.json.Decoder[Any]", raw: bytes | msgspec.Raw) -> A
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"The JSON does not fit the protocol: {error}.") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise InvalidRequest("The JSON is malformed; send one UTF-8 object of the Open Inference Protocol.") from None
+        raise InvalidRequest(
+            "The JSON is malformed; send one UTF-8 object of the Open Inference Protocol."
+        ) from None
     except RecursionError:
         raise InvalidRequest("The JSON is nested too deeply.") from None
 
@@ -189,7 +196,10 @@ def _parameters(tree: dict[str, Any]) -> dict[str, Scalar]:
     if len(tree) > LIMITS.parameters:
         raise TooLarge(f"More than {LIMITS.parameters} parameters.")
     known = {key: value for key, value in tree.items() if isinstance(value, str | int | float | bool)}
-    if any(len(key) + (len(value) if isinstance(value, str) else 0) > LIMITS.parameter_bytes for key, value in known.items()):
+    if any(
+        len(key) + (len(value) if isinstance(value, str) else 0) > LIMITS.parameter_bytes
+        for key, value in known.items()
+    ):
         raise TooLarge(f"A parameter is longer than {LIMITS.parameter_bytes} characters.")
     return known
 
@@ -289,7 +299,9 @@ def _flatten(tree: list[Any], *, leaf_lists: bool = False) -> list[Any]:
     for _ in range(LIMITS.rank):
         if not any(isinstance(item, list) for item in tree):
             return tree
-        if leaf_lists and all(isinstance(i, str) or (isinstance(i, list) and all(type(x) is int for x in i)) for i in tree):
+        if leaf_lists and all(
+            isinstance(i, str) or (isinstance(i, list) and all(type(x) is int for x in i)) for i in tree
+        ):
             return tree
         tree = [leaf for item in tree for leaf in (item if isinstance(item, list) else [item])]
     raise TooLarge(f"Tensor data is nested deeper than {LIMITS.rank} axes.")
@@ -346,7 +358,9 @@ def _tensor_tree(tensor: Tensor, tail: list[bytes] | None) -> dict[str, Any]:
     else:
         flat = tensor.data.reshape(-1)
         if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-            raise InvalidRequest(f"Output {tensor.name} is not finite and JSON cannot carry it; ask for it in binary.")
+            raise InvalidRequest(
+                f"Output {tensor.name} is not finite and JSON cannot carry it; ask for it in binary."
+            )
         tree["data"] = flat.tolist()
     return tree
 

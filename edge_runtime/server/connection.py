@@ -101,7 +101,9 @@ class Connection(asyncio.Protocol):
         if len(self._door.connections) >= self._door.max_connections:
             idle = [peer for peer in self._door.connections if not peer.is_busy]
             if not idle:
-                transport.write(error_answer(503, "Too many connections; retry later.").encode(keep_alive=False))
+                transport.write(
+                    error_answer(503, "Too many connections; retry later.").encode(keep_alive=False)
+                )
                 transport.close()
                 return
             oldest = min(idle, key=lambda peer: peer._since)  # noqa: SLF001 - our own class
@@ -109,7 +111,7 @@ class Connection(asyncio.Protocol):
             oldest.abort()
         self._door.connections.add(self)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self._door.connections.discard(self)
         self._is_closing = True
         for task in self._pending:
@@ -133,7 +135,9 @@ class Connection(asyncio.Protocol):
             self._count(len(data))
             self._parser.feed_data(data)
             if not self._in_body and self._head_bytes > self._limits.header_bytes:
-                raise Rejected(431, f"The headers are longer than {self._limits.header_bytes} bytes.")
+                raise Rejected(  # noqa: TRY301
+                    431, f"The headers are longer than {self._limits.header_bytes} bytes."
+                )
         except Rejected as rejected:
             self._reject(rejected.status, str(rejected))
         except httptools.HttpParserCallbackError as error:
@@ -169,7 +173,13 @@ class Connection(asyncio.Protocol):
         if len(name) + len(value) > self._limits.one_header_bytes:
             raise Rejected(431, f"A header is longer than {self._limits.one_header_bytes} bytes.")
         key = name.decode("latin-1").lower()
-        if key in self._headers and key in ("host", "origin", "transfer-encoding", "content-encoding", "expect"):
+        if key in self._headers and key in (
+            "host",
+            "origin",
+            "transfer-encoding",
+            "content-encoding",
+            "expect",
+        ):
             raise Rejected(400, f"Header {key} is given twice.")
         try:
             self._headers[key] = value.decode("ascii").strip()
@@ -231,7 +241,10 @@ class Connection(asyncio.Protocol):
         """Count what the parser buffers or skips without telling: endless headers, chunk extensions."""
         if self._in_body:
             self._wire_bytes += size
-            if self._wire_bytes > self._limits.chunk_overhead_bytes + 2 * (self._body_bytes + size) and size < 64:
+            if (
+                self._wire_bytes > self._limits.chunk_overhead_bytes + 2 * (self._body_bytes + size)
+                and size < 64
+            ):
                 raise Rejected(400, "The chunks carry more framing than data.")
         else:
             self._head_bytes += size
@@ -243,7 +256,9 @@ class Connection(asyncio.Protocol):
             if version == "1.1":
                 raise Rejected(400, "The Host header is missing.")
         elif self._door.hosts is not None and _host_name(host) not in self._door.hosts:
-            raise Rejected(403, "This Host is not served; use localhost, or add the name to [server] allowed_hosts.")
+            raise Rejected(
+                403, "This Host is not served; use localhost, or add the name to [server] allowed_hosts."
+            )
         if "origin" in self._headers:
             raise Rejected(403, "Requests from web pages are not served.")
         if self._headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
@@ -267,7 +282,7 @@ class Connection(asyncio.Protocol):
             return await self._door.handle(request)
         except EdgeRuntimeError as error:
             return answer_for(error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a defect of ours must not end the connection; it is logged
             _log.exception("event=request_failed")
             return error_answer(500, "Internal error; the daemon's log tells more.")
 

@@ -61,7 +61,9 @@ class Server:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if path.parent.stat().st_uid not in (os.getuid(), 0) and path.parent != Path("/tmp"):  # noqa: S108
-                raise ConfigError(f"[server] socket: the folder of {path} belongs to another user; choose another.")
+                raise ConfigError(
+                    f"[server] socket: the folder of {path} belongs to another user; choose another."
+                )
             listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             mask = os.umask(0o117)
             try:
@@ -87,7 +89,7 @@ class Server:
         if not is_loopback:
             raise ConfigError(
                 f"[server] tcp: {host} is not a loopback address, and others need encryption and "
-                "authentication, which this release does not offer. Write tcp = \"127.0.0.1:8080\"."
+                'authentication, which this release does not offer. Write tcp = "127.0.0.1:8080".'
             )
         names = _LOCAL_NAMES | {name.lower() for name in allowed_hosts}
         factory = self.door(frozenset(names), self._limits.tcp_connections)
@@ -168,7 +170,9 @@ def _clear_stale(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.getuid():
-        raise ConfigError(f"[server] socket: {path} exists and is not a socket of ours; remove it or set another path.")
+        raise ConfigError(
+            f"[server] socket: {path} exists and is not a socket of ours; remove it or set another path."
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

@@ -125,7 +125,9 @@ def _deadline_ns(question: InferRequest) -> int | None:
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 < timeout <= 86_400_000_000:
-        raise InvalidRequest("Parameter timeout must be a positive whole number of microseconds, at most one day.")
+        raise InvalidRequest(
+            "Parameter timeout must be a positive whole number of microseconds, at most one day."
+        )
     return time.monotonic_ns() + timeout * 1000
 
 

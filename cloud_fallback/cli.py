@@ -1,0 +1,113 @@
+"""`cloud-fallback`: the cloud tier's command line. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import click
+import msgspec
+
+from cloud_fallback.config import CloudConfig, load_config
+from edge_runtime import __version__
+from edge_runtime.core.errors import ConfigError, EdgeRuntimeError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cloud-fallback")
+def main() -> None:
+    """Answer what edge devices escalate over MQTT.
+
+    \b
+    Examples:
+      cloud-fallback serve --broker mqtt://127.0.0.1:1883
+      cloud-fallback config check cloud.toml
+    """
+
+
+@main.command()
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), help="TOML file; without it the defaults hold."
+)
+@click.option("--broker", help="mqtt://HOST[:PORT], in place of the file's.")
+def serve(path: Path | None, broker: str | None) -> None:
+    """Serve until SIGTERM; a second SIGTERM ends at once."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    try:
+        config = load_config(path)
+        if broker:
+            config = msgspec.structs.replace(config, broker=broker)
+        asyncio.run(run(config))
+    except ConfigError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except EdgeRuntimeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+@main.group()
+def config() -> None:
+    """Check and show the configuration."""
+
+
+@config.command("check")
+@click.argument("path", type=click.Path(path_type=Path))
+def config_check(path: Path) -> None:
+    """Check a configuration file; exit code 2 with file, key and fix where it cannot be used."""
+    _show(path, only_check=True)
+
+
+@config.command("show")
+@click.option("--config", "path", type=click.Path(path_type=Path))
+def config_show(path: Path | None) -> None:
+    """Show the configuration as it takes effect, as JSON."""
+    _show(path, only_check=False)
+
+
+def _show(path: Path | None, *, only_check: bool) -> None:
+    try:
+        found = load_config(path)
+    except ConfigError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    click.echo(f"ok: {path}" if only_check else json.dumps(msgspec.to_builtins(found), indent=2))
+
+
+async def run(config: CloudConfig) -> None:
+    """Load, serve, drain. Raises ConfigError, BundleError."""
+    from cloud_fallback.worker import Loaded, Worker
+    from edge_runtime.core.batching import QueueLimits
+    from edge_runtime.lane import Lane
+    from edge_runtime.model import load_model
+    from edge_runtime.typed_toml import read_secret
+
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    limits = QueueLimits(config.max_batch, config.queue)
+    async with AsyncExitStack() as stack:
+        models: dict[str, Loaded] = {}
+        for name in config.models:
+            model = load_model(name, threads=config.threads)
+            lane = Lane(model.name, model.processor, model.engine, limits, is_inline=False)
+            stack.push_async_callback(lane.close)
+            models[model.name] = Loaded(model, lane)
+        worker = Worker(config, read_secret(config.password_file), models)
+        worker.connection.start()
+        stack.push_async_callback(worker.drain)
+        while not stop.is_set() and not await worker.connection.wait_connected(1.0):
+            logging.getLogger(__name__).warning("event=no_broker why=%r", worker.connection.last_error)
+        if worker.connection.is_connected:
+            click.echo(f"ready: {', '.join(models)} at {config.broker}", err=True)
+        await stop.wait()

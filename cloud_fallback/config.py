@@ -1,0 +1,57 @@
+"""The worker's configuration: one TOML file, every key with a default."""
+
+import re
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.topics import is_id
+from edge_runtime.typed_toml import load_toml
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class CloudConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `cloud.toml` may say."""
+
+    broker: str = "mqtt://127.0.0.1:1883"
+    group: str = "workers"  # workers of one group share the requests
+    worker: str = ""  # empty: from the host name
+    models: tuple[str, ...] = ("models/commands-cloud",)
+    threads: Positive = 2  # of one model run
+    max_batch: Positive = 32
+    queue: Positive = 1024
+    max_in_flight: Positive = 64  # requests the broker may hand over before the first is acknowledged
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0  # for requests without a deadline
+    drain_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
+    username: str = ""
+    password_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
+def load_config(path: Path | None) -> CloudConfig:
+    """Read and check the file; None gives the defaults. Raises ConfigError."""
+    if path is None:
+        return CloudConfig()
+    config = load_toml(path, CloudConfig)
+    if not re.fullmatch(r"mqtts?://[^/\s:@]+(:\d{1,5})?", config.broker):
+        raise ConfigError(
+            f'{path}: broker: expected mqtt://HOST[:PORT] or mqtts://HOST[:PORT]. Write broker = "mqtt://127.0.0.1:1883".'
+        )
+    if not is_id(config.group) or (config.worker and not is_id(config.worker)):
+        raise ConfigError(f'{path}: group, worker: expected ids such as "workers" and "gpu-1".')
+    if not config.models:
+        raise ConfigError(f'{path}: models: the list is empty. Write models = ["models/commands-cloud"].')
+    return config
+
+
+def worker_id(config: CloudConfig) -> str:
+    """The configured id, or one made of the host name."""
+    if config.worker:
+        return config.worker
+    return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower()).strip(".-_")[:64] or "worker"

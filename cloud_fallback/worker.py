@@ -1,0 +1,169 @@
+"""The cloud worker: message -> request -> lane -> reply -> message, around the lanes the edge uses.
+
+A request is acknowledged last, after its reply is confirmed by the broker: a worker that dies before
+leaves the request to be handed over again. A request that cannot be understood is answered and
+acknowledged too, or it would come back for ever.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloud_fallback.config import CloudConfig, worker_id
+from edge_runtime.core import wire
+from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, TooLarge
+from edge_runtime.core.messages import Answer, InferReply, InferRequest
+from edge_runtime.core.topics import parse_request_topic, reply_topic_for, worker_filter, worker_state_topic
+from edge_runtime.envelope import Message, pack, unpack
+from edge_runtime.lane import Lane, refusal
+from edge_runtime.model import Model
+from edge_runtime.mqtt import Broker, Connection, LinkLost, Received
+from edge_runtime.replies import build_reply
+
+_log = logging.getLogger(__name__)
+_REMEMBERED = 4096  # replies kept for duplicates: a minute at 64 requests per second
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model and its lane."""
+
+    model: Model
+    lane: Lane
+
+
+class Worker:
+    """Serves requests of all devices until `drain`."""
+
+    def __init__(self, config: CloudConfig, password: str, models: Mapping[str, Loaded]) -> None:
+        self._config = config
+        self._models = models
+        self._tasks: set[asyncio.Task[None]] = set()
+        # (topic, request id) -> its reply, or None while it is being computed
+        self._replies: OrderedDict[tuple[str, bytes], Message | None] = OrderedDict()
+        self.connection = Connection(
+            Broker(
+                config.broker,
+                worker_id(config),
+                config.username,
+                password,
+                config.ca_file,
+                config.cert_file,
+                config.key_file,
+            ),
+            subscriptions=tuple(worker_filter(config.group, name) for name in models),
+            state_topic=worker_state_topic(worker_id(config)),
+            on_message=self._on_message,
+            max_in_flight=config.max_in_flight,
+        )
+
+    async def drain(self) -> None:
+        """Take no new requests; answer and acknowledge those taken; disconnect."""
+        await self.connection.unsubscribe()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._config.drain_s)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.connection.close()
+
+    def _on_message(self, received: Received) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(received), name="request")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, received: Received) -> None:
+        message = received.message
+        try:
+            topic = parse_request_topic(message.topic)
+        except InvalidRequest:
+            _log.warning("event=foreign_topic")
+            self.connection.acknowledge(received)
+            return
+        key = (message.topic, message.correlation)
+        reply: Message | None = None
+        if message.correlation and key in self._replies:
+            reply = self._replies[key]
+            if reply is None:  # a duplicate of what runs right now: its reply is on the way
+                self.connection.acknowledge(received)
+                return
+        if reply is None:
+            if message.correlation:
+                self._remember(key, None)
+            reply = await self._reply(message, topic.model, reply_topic_for(topic))
+            if message.correlation:
+                self._remember(key, reply)
+        try:
+            await self.connection.publish(reply)
+        except TooLarge as error:
+            small = wire.encode_error(str(error))
+            await self.connection.publish(
+                pack(reply.topic, small, None, correlation=message.correlation, expiry_s=None)
+            )
+        except LinkLost:
+            return  # unacknowledged: the broker hands it over again, and the reply is remembered
+        self.connection.acknowledge(received)
+
+    async def _reply(self, message: Message, model: str, topic: str) -> Message:
+        body: bytes
+        json_length: int | None = None
+        try:
+            body, json_length = wire.encode_reply(await self._infer(message, model))
+        except Refused as refused:
+            body = wire.encode_error(
+                str(refused),
+                reason=refused.kind.value,
+                retry_after_ms=int(1000 * (refused.retry_after_s or 0)),
+            )
+        except EdgeRuntimeError as error:
+            body = wire.encode_error(str(error))
+        except Exception:  # noqa: BLE001 - a defect of ours must not end the connection; it is logged
+            _log.exception("event=request_failed")
+            body = wire.encode_error("Internal error; the worker's log tells more.")
+        return pack(topic, body, json_length, correlation=message.correlation[:16], expiry_s=message.expiry_s)
+
+    async def _infer(self, message: Message, name: str) -> InferReply:
+        started_ns = time.monotonic_ns()
+        request = wire.decode_request(*unpack(message))
+        loaded = self._models[name]
+        deadline_ns = started_ns + _remaining_ns(request, message, self._config.timeout_s)
+        rows = loaded.model.processor.split(request.inputs)
+        answers = await _all_rows(loaded.lane, rows, deadline_ns)
+        total_us = (time.monotonic_ns() - started_ns) // 1000
+        model = loaded.model
+        return build_reply(
+            model.name,
+            model.version,
+            model.info.signature,
+            answers,
+            request,
+            {"origin": "cloud", "total_us": total_us},
+        )
+
+    def _remember(self, key: tuple[str, bytes], reply: Message | None) -> None:
+        self._replies[key] = reply
+        self._replies.move_to_end(key)
+        while len(self._replies) > _REMEMBERED:
+            self._replies.popitem(last=False)
+
+
+async def _all_rows(lane: Lane, rows: list[bytes], deadline_ns: int) -> list[Answer]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(lane.run(row, deadline_ns=deadline_ns), name="row") for row in rows]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _remaining_ns(request: InferRequest, message: Message, default_s: float) -> int:
+    """The sender's remaining time: exact in the body, in whole seconds in the message's expiry."""
+    deadline_ms = request.parameters.get("deadline_ms")
+    if isinstance(deadline_ms, int | float) and not isinstance(deadline_ms, bool):
+        if deadline_ms <= 0:
+            raise refusal(RefusalKind.LATE)
+        return int(min(deadline_ms, 86_400_000) * 1e6)
+    return int((message.expiry_s or default_s) * 1e9)

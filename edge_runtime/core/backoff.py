@@ -1,0 +1,21 @@
+"""How long to wait before trying again: full jitter, so that clients of a restarted broker do not come back in waves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Bounds of the wait, in seconds."""
+
+    base_s: float = 0.5
+    cap_s: float = 60.0
+
+    def delay_s(self, attempt: int, random: Callable[[], float]) -> float:
+        """Seconds to wait after failed attempt number `attempt` (0 is the first).
+
+        A uniform draw from 0 to min(cap, base * 2^attempt); `random` returns a number in [0, 1).
+        Source: "Exponential Backoff And Jitter", AWS Architecture Blog.
+        """
+        # From 2^32 on the cap decides for any sane base; unbounded, 2.0**attempt overflows after weeks offline.
+        return random() * min(self.cap_s, self.base_s * 2.0 ** min(max(attempt, 0), 32))

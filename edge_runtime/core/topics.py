@@ -1,0 +1,85 @@
+"""MQTT topic names: built from checked ids, and read back by exact level count. Nothing else makes or splits a topic.
+
+    er/v1/{tenant}/{device}/req/{model}   edge -> workers, one of the group `$share/{group}/er/v1/+/+/req/{model}`
+    er/v1/{tenant}/{device}/rsp           worker -> that edge
+    er/v1/{tenant}/{device}/state         "online" or "offline" of an edge, retained
+    er/v1/_worker/{worker}/state          the same of a worker; no tenant can be called `_worker`
+
+The reply topic follows from the request topic alone. A Response Topic property is never read: it would
+let one device have answers sent to another.
+"""
+
+import re
+from dataclasses import dataclass
+
+from edge_runtime.core.errors import InvalidRequest
+
+_ROOT = "er/v1"
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTopic:
+    """Who asks, and which model; the broker's access control vouches for the first two."""
+
+    tenant: str
+    device: str
+    model: str
+
+
+def is_id(name: str) -> bool:
+    """Whether a name may be a topic level: lower-case letters, digits, `._-`, at most 64, no `..`."""
+    return _ID.fullmatch(name) is not None and ".." not in name
+
+
+def request_topic(tenant: str, device: str, model: str) -> str:
+    """Where an edge publishes requests for `model`. Raises InvalidRequest for names that are no ids."""
+    return f"{_device(tenant, device)}/req/{_checked('model', model)}"
+
+
+def reply_topic(tenant: str, device: str) -> str:
+    """Where an edge listens for replies. Raises InvalidRequest for names that are no ids."""
+    return f"{_device(tenant, device)}/rsp"
+
+
+def reply_topic_for(topic: RequestTopic) -> str:
+    """Where the reply to a request goes: the only place the requester is sure to be allowed to read."""
+    return reply_topic(topic.tenant, topic.device)
+
+
+def device_state_topic(tenant: str, device: str) -> str:
+    """Where an edge says, retained, whether it is online."""
+    return f"{_device(tenant, device)}/state"
+
+
+def worker_state_topic(worker: str) -> str:
+    """Where a worker says, retained, whether it is online."""
+    return f"{_ROOT}/_worker/{_checked('worker', worker)}/state"
+
+
+def worker_filter(group: str, model: str) -> str:
+    """The shared subscription of a group of workers: each request reaches one of them."""
+    return f"$share/{_checked('group', group)}/{_ROOT}/+/+/req/{_checked('model', model)}"
+
+
+def parse_request_topic(topic: str) -> RequestTopic:
+    """Read a request's topic. Raises InvalidRequest unless it has exactly the levels and ids it should."""
+    # 256 covers the longest valid topic (three ids of 64); longer ones are not worth splitting.
+    levels = topic.split("/") if len(topic) <= 256 else []
+    if len(levels) != 6 or levels[:2] != ["er", "v1"] or levels[4] != "req":
+        raise InvalidRequest("The topic is not er/v1/{tenant}/{device}/req/{model}.")
+    return RequestTopic(
+        _checked("tenant", levels[2]), _checked("device", levels[3]), _checked("model", levels[5])
+    )
+
+
+def _device(tenant: str, device: str) -> str:
+    return f"{_ROOT}/{_checked('tenant', tenant)}/{_checked('device', device)}"
+
+
+def _checked(what: str, name: str) -> str:
+    if not is_id(name):
+        raise InvalidRequest(
+            f"The {what} is not an id; use at most 64 of a-z 0-9 . _ - beginning with a letter or digit."
+        )
+    return name

@@ -1,0 +1,71 @@
+"""An Open Inference Protocol body inside an MQTT message: HTTP's headers become properties, large bodies shrink."""
+
+import hashlib
+from dataclasses import dataclass
+
+from edge_runtime.compression import compress, decompress
+from edge_runtime.core.errors import InvalidRequest, TooLarge, Unsupported
+
+#: Below this a body of text gains nothing that the two extra properties do not cost again.
+_COMPRESS_FROM_BYTES = 512
+_MAX_PLAIN_BYTES = 8 << 20
+_MAX_PROPERTIES = 16
+_MAX_PROPERTY_BYTES = 1024
+_JSON_LENGTH = "Inference-Header-Content-Length"
+_DIGEST = "Content-Digest"
+_ENCODING = "Content-Encoding"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What is published or received. `correlation` is the 16-byte request id, or empty."""
+
+    topic: str
+    payload: bytes
+    content_type: str = ""
+    correlation: bytes = b""
+    expiry_s: int | None = None
+    user: tuple[tuple[str, str], ...] = ()
+    retain: bool = False
+
+
+def pack(
+    topic: str, body: bytes, json_length: int | None, *, correlation: bytes, expiry_s: int | None
+) -> Message:
+    """Wrap a body for the wire."""
+    user: list[tuple[str, str]] = []
+    content_type = "application/json"
+    if json_length is not None:
+        user.append((_JSON_LENGTH, str(json_length)))
+        content_type = "application/octet-stream"
+    payload = body
+    if len(body) >= _COMPRESS_FROM_BYTES:
+        payload = compress(body, 3)
+        user += [(_ENCODING, "zstd"), (_DIGEST, hashlib.sha256(body).hexdigest())]
+    return Message(topic, payload, content_type, correlation, expiry_s, tuple(user))
+
+
+def unpack(message: Message) -> tuple[bytes, int | None]:
+    """Body and JSON length of a received message. Raises InvalidRequest, TooLarge, Unsupported."""
+    if len(message.user) > _MAX_PROPERTIES:
+        raise TooLarge(f"More than {_MAX_PROPERTIES} user properties.")
+    if any(len(key) > 64 or len(value) > _MAX_PROPERTY_BYTES for key, value in message.user):
+        raise TooLarge(f"A user property is longer than {_MAX_PROPERTY_BYTES} characters.")
+    if message.correlation and len(message.correlation) != 16:
+        raise InvalidRequest("Correlation data must be the 16 bytes of the request id, or absent.")
+    user = dict(message.user)
+    body = message.payload
+    encoding = user.get(_ENCODING)
+    if encoding == "zstd":
+        body = decompress(body, max_bytes=_MAX_PLAIN_BYTES, max_window_bytes=_MAX_PLAIN_BYTES)
+    elif encoding is not None:
+        raise Unsupported("Content-Encoding must be zstd or absent.")
+    digest = user.get(_DIGEST)
+    if digest is not None and digest != hashlib.sha256(body).hexdigest():
+        raise InvalidRequest("The body does not match its Content-Digest.")
+    length = user.get(_JSON_LENGTH)
+    if length is None:
+        return body, None
+    if not (length.isascii() and length.isdecimal() and len(length) <= 10):
+        raise InvalidRequest(f"{_JSON_LENGTH} must be a number of bytes.")
+    return body, int(length)
