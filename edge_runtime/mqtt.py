@@ -90,6 +90,7 @@ class Connection:
         self._unconfirmed: dict[int, asyncio.Future[int]] = {}
         self._unsubscribed: asyncio.Future[None] | None = None
         self._packet_limit = MAX_PACKET_BYTES
+        self._window = asyncio.Semaphore(max_in_flight)
         self._up = asyncio.Event()
         self._lost = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -127,15 +128,18 @@ class Connection:
         size = 9 + len(message.topic) + len(properties.pack()) + len(message.payload)
         if size > self._packet_limit:
             raise TooLarge(f"The message takes {size} bytes; the broker accepts {self._packet_limit}.")
-        info = client.publish(message.topic, message.payload, 1, message.retain, properties)
-        if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_QUEUE_SIZE):
-            raise LinkLost("The connection to the broker is gone.")
-        confirmed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._unconfirmed[info.mid] = confirmed
-        try:
-            return await confirmed
-        finally:
-            self._unconfirmed.pop(info.mid, None)
+        async with self._window:
+            if client is not self._client:
+                raise LinkLost("The connection to the broker was lost while waiting for its window.")
+            info = client.publish(message.topic, message.payload, 1, message.retain, properties)
+            if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_QUEUE_SIZE):
+                raise LinkLost("The connection to the broker is gone.")
+            confirmed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            self._unconfirmed[info.mid] = confirmed
+            try:
+                return await confirmed
+            finally:
+                self._unconfirmed.pop(info.mid, None)
 
     def acknowledge(self, received: Received) -> None:
         """Tell the broker that a message is dealt with; for an earlier connection's message do nothing.
@@ -244,6 +248,12 @@ class Connection:
 
         client.on_socket_register_write = write_when_possible
         client.on_socket_unregister_write = write_no_more
+
+        def forget(*_: Any) -> None:  # paho closes a socket itself; its number must be free of us by then
+            loop.remove_reader(found)
+            loop.remove_writer(found)
+
+        client.on_socket_close = forget
         if client.want_write():
             loop.add_writer(found, self._step, client, client.loop_write)
 
@@ -257,7 +267,7 @@ class Connection:
             reconnect_on_failure=False,
         )
         client.connect_timeout = _CONNECT_S
-        client.max_inflight_messages_set(self._max_in_flight)
+        client.max_inflight_messages_set(65_535)  # the send window is ours, see publish
         client.max_queued_messages_set(0)
         if broker.username:
             client.username_pw_set(broker.username, broker.password)
@@ -293,7 +303,7 @@ class Connection:
     def _drop(self, why: str) -> None:
         """Forget the connection; everybody who waits for it learns so."""
         self._up.clear()
-        if self._socket is not None:
+        if self._socket is not None and self._socket.fileno() >= 0:
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._socket)
             loop.remove_writer(self._socket)
@@ -313,7 +323,8 @@ class Connection:
         limit = getattr(properties, "MaximumPacketSize", None)
         self._packet_limit = min(MAX_PACKET_BYTES, limit or MAX_PACKET_BYTES)
         theirs = getattr(properties, "ReceiveMaximum", None)
-        client.max_inflight_messages_set(min(self._max_in_flight, theirs or self._max_in_flight))
+        # paho ignores the broker's window; one place is left for our own state message.
+        self._window = asyncio.Semaphore(max(1, min(self._max_in_flight, theirs or 65_535) - 1))
         options = SubscribeOptions(qos=1)
         client.subscribe([(topic, options) for topic in self._subscriptions])
 

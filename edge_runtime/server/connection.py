@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import cast
 
 import httptools
 
@@ -96,15 +97,13 @@ class Connection(asyncio.Protocol):
     # What asyncio tells
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass
+        self._transport = stream
         if len(self._door.connections) >= self._door.max_connections:
             idle = [peer for peer in self._door.connections if not peer.is_busy]
             if not idle:
-                transport.write(
-                    error_answer(503, "Too many connections; retry later.").encode(keep_alive=False)
-                )
-                transport.close()
+                stream.write(error_answer(503, "Too many connections; retry later.").encode(keep_alive=False))
+                stream.close()
                 return
             oldest = min(idle, key=lambda peer: peer._since)  # noqa: SLF001 - our own class
             self._door.connections.discard(oldest)
