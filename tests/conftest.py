@@ -1,0 +1,53 @@
+"""Fixtures of the real things: a broker, a runtime, a server. Ports come from the system; nothing sleeps."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+
+import pytest
+
+MOSQUITTO = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin")
+
+
+class Broker:
+    """A mosquitto that can be stopped and started on its port."""
+
+    def __init__(self, folder, port):
+        self.port = port
+        self.url = f"mqtt://127.0.0.1:{port}"
+        self._config = folder / "mosquitto.conf"
+        self._config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
+        self._process = None
+
+    def start(self):
+        self._process = subprocess.Popen(
+            [MOSQUITTO, "-c", str(self._config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while True:  # ready when it accepts; the test's own time limit bounds this
+            assert self._process.poll() is None, "mosquitto did not start"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+
+    def stop(self):
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def broker(tmp_path):
+    if MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed: apt-get install mosquitto mosquitto-clients")
+    running = Broker(tmp_path, free_port())
+    running.start()
+    yield running
+    running.stop()

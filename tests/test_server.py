@@ -1,0 +1,312 @@
+"""The HTTP door with the real runtime behind it: protocol, attacks, stock clients, disconnects."""
+
+import asyncio
+import contextlib
+import json
+import random
+import stat
+
+import pytest
+
+from edge_runtime.config import Config, ServerSettings
+from edge_runtime.core.errors import ConfigError
+from edge_runtime.runtime import Runtime
+from edge_runtime.server import start_server
+from edge_runtime.server.limits import HttpLimits
+
+BODY = json.dumps(
+    {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["turn the lights off"]}]}
+).encode()
+
+
+@contextlib.asynccontextmanager
+async def served(tmp_path, limits=None):
+    async with Runtime.open(Config(server=ServerSettings(tcp="off"))) as runtime:
+        server = await start_server(
+            runtime, socket_path=tmp_path / "run" / "e.sock", tcp=("127.0.0.1", 0), limits=limits
+        )
+        try:
+            yield runtime, server, int(server.addresses[1].rpartition(":")[2])
+        finally:
+            await server.close()
+
+
+def run(scenario):
+    async def limited():
+        async with asyncio.timeout(50):
+            await scenario()
+
+    asyncio.run(limited())
+
+
+def post(path="/v2/models/commands/infer", body=BODY, headers=""):
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    return head.encode("latin-1") + body
+
+
+async def exchange(port, raw, pieces=1):
+    """Send bytes, whole or in pieces; return (status, closed?, body) of the first answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        step = -(-len(raw) // pieces)
+        for at in range(0, len(raw), step):
+            writer.write(raw[at : at + step])
+            with contextlib.suppress(ConnectionError):
+                await writer.drain()
+        head = await reader.readuntil(b"\r\n\r\n")
+        fields = dict(
+            line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:] if ": " in line
+        )
+        body = await reader.readexactly(int(fields["content-length"]))
+        return int(head.split()[1]), fields.get("connection") == "close", body
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def get(path, headers=""):
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode("latin-1")
+
+
+GOOD = [
+    (get("/v2"), b"edge-runtime"),
+    (get("/v2/health/live"), b"true"),
+    (get("/v2/health/ready"), b"true"),
+    (get("/v2/models/commands"), b"BYTES"),
+    (get("/v2/models/commands/ready"), b"true"),
+    (get("/v2/models/commands/config"), b"TYPE_STRING"),
+    (get("/v2/models/commands/stats"), b"inference_stats"),
+    (get("/v2/models/stats"), b"inference_stats"),
+    (post("/v2/repository/index", b""), b"READY"),
+    (get("/metrics"), b"edge_requests_seconds_count"),
+    (get("/status"), b"uptime_s"),
+    (post(), b"smart_home"),
+]
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 10**6])
+def test_every_resource_answers(tmp_path, pieces):
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            for raw, expected in GOOD:
+                status, closed, body = await exchange(port, raw, pieces)
+                assert (status, closed) == (200, False), raw
+                assert expected in body
+
+    run(scenario)
+
+
+def text(shape=(1,), data="x", datatype="BYTES", name="text", **more):
+    tensor = {"name": name, "shape": shape, "datatype": datatype, "data": data}
+    return json.dumps({"inputs": [tensor], **more}).encode()
+
+
+BAD = [
+    (post("/v2/models/nope/infer"), 404),
+    (post("/v2/models/commands/versions/99/infer"), 404),
+    (post("/v2/models/..%2f/infer"), 404),
+    (get("/v2/models/commands/infer"), 405),
+    (b"OPTIONS /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+    (get("/nothing"), 404),
+    (post("/v2/repository/models/commands/load"), 501),
+    (post(body=b"{"), 400),
+    (post(body=b"[" * 100_000), 400),
+    (post(body=b'{"x":' * 100_000), 400),
+    (post(body=b'{"inputs":' + b"[" * 100_000), 400),
+    (post(body=b"{}"), 400),
+    (post(body=text(data=["a", "b"])), 400),
+    (post(body=text(shape=[0], data=[])), 400),
+    (post(body=text(shape=[-1], data=["a"])), 400),
+    (post(body=text(shape=[2**32, 2**32], data=["a"])), 413),
+    (post(body=text(datatype="FP32", data=[1.5])), 400),
+    (post(body=text(datatype="INT8", data=[10**30])), 400),
+    (post(body=text(datatype="NOPE", data=["a"])), 400),
+    (post(body=text(name="words", data=["a"])), 400),
+    (post(body=text(data=[[255, 254]])), 400),
+    (post(body=text(data=["a" * 5000])), 413),
+    (post(body=text(data=["a"], outputs=[{"name": "nope"}])), 400),
+    (post(body=text(data=["a"], parameters={"private": "yes"})), 400),
+    (post(body=text(data=["a"], parameters={"timeout": -1})), 400),
+    (post(headers="Inference-Header-Content-Length: 999999\r\n"), 400),
+    (post(headers="Inference-Header-Content-Length: x\r\n"), 400),
+    (post(headers="Content-Encoding: br\r\n"), 400),
+    (post(headers="Content-Encoding: gzip\r\n"), 400),
+    (post(headers="Origin: http://evil.example\r\n"), 403),
+    (post(headers="Origin: null\r\n"), 403),
+    (post(headers="Sec-Fetch-Site: cross-site\r\n"), 403),
+    (post().replace(b"Host: localhost", b"Host: evil.example:80"), 403),
+    (post().replace(b"Host: localhost\r\n", b""), 400),
+    (post(headers="Host: localhost\r\n"), 400),
+    (get("/v2", "X: " + "a" * 9000 + "\r\n"), 431),
+    (get("/v2", "".join(f"X{i}: 1\r\n" for i in range(70))), 431),
+    (get("/" + "a" * 5000), 414),
+    (get("http://evil.example/v2"), 400),
+    (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", 413),
+    (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9223372036854775808\r\n\r\n", 413),
+    (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 400),
+    (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 400),
+    (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+    (b"POST /v2 HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nExpect: magic\r\nContent-Length: 0\r\n\r\n", 417),
+    (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
+    (b"NONSENSE\r\n\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    (b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n", 400),
+    (b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+]
+
+
+def test_bad_input_gets_its_status_in_one_sentence_and_the_daemon_goes_on(tmp_path):
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            for raw, expected in BAD:
+                status, _, body = await exchange(port, raw)
+                assert status == expected, (raw[:120], body)
+                sentence = json.loads(body)["error"]
+                assert sentence
+                assert "Traceback" not in sentence
+            assert (await exchange(port, post()))[0] == 200
+
+    run(scenario)
+
+
+def test_endless_headers_are_cut_off(tmp_path):
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            status, closed, _ = await exchange(port, b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 200_000, 50)
+            assert (status, closed) == (431, True)
+
+    run(scenario)
+
+
+def test_trailers_never_reach_the_headers(tmp_path):
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            raw = (
+                b"POST /v2/models/commands/infer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+                + f"{len(BODY):x}".encode() + b"\r\n" + BODY + b"\r\n0\r\nOrigin: http://evil.example\r\n\r\n"
+            )  # fmt: skip
+            assert (await exchange(port, raw))[0] == 200
+
+    run(scenario)
+
+
+def test_pipelined_answers_keep_their_order(tmp_path):
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"".join(post(body=text(data=["hi"], id=f"n{i}")) for i in range(20)))
+            for i in range(20):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
+                assert json.loads(await reader.readexactly(length))["id"] == f"n{i}"
+            writer.close()
+
+    run(scenario)
+
+
+def test_half_of_32_callers_leave_and_the_others_get_their_own_answers(tmp_path):
+    texts = {"turn the lights off": "smart_home", "flip a coin": "flip_coin", "tell me a joke": "tell_joke"}
+    rng = random.Random(7)
+
+    async def caller(port, leaves, i):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        question, intent = list(texts.items())[i % 3]
+        for round_number in range(10):
+            body = text(data=[question], id=f"{i}-{round_number}", parameters={"cache": False})
+            raw = post(body=body)
+            if leaves and round_number == rng.randrange(10):
+                writer.write(raw[: rng.randrange(1, len(raw) + 1)])
+                writer.transport.abort()
+                return None
+            writer.write(raw)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
+            reply = json.loads(await reader.readexactly(length))
+            assert reply["id"] == f"{i}-{round_number}"
+            assert reply["outputs"][0]["data"] == [intent]
+        writer.close()
+        return 10
+
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            done = await asyncio.gather(*(caller(port, i % 2 == 1, i) for i in range(32)))
+            assert done[::2] == [10] * 16
+
+    run(scenario)
+
+
+def test_the_socket_is_private_replaced_when_stale_and_refused_when_in_use(tmp_path):
+    async def scenario():
+        async with served(tmp_path) as (runtime, _, _):
+            path = tmp_path / "run" / "e.sock"
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+            with pytest.raises(ConfigError, match="already listens"):
+                await start_server(runtime, socket_path=path, tcp=None)
+            with pytest.raises(ConfigError, match="loopback"):
+                await start_server(runtime, socket_path=None, tcp=("0.0.0.0", 0))
+            plain = tmp_path / "file"
+            plain.write_text("mine")
+            with pytest.raises(ConfigError, match="not a socket"):
+                await start_server(runtime, socket_path=plain, tcp=None)
+            assert plain.read_text() == "mine"
+
+    run(scenario)
+
+
+def test_a_slow_peer_is_closed_by_the_sweep_and_others_are_served(tmp_path):
+    async def scenario():
+        limits = HttpLimits(header_s=0.0)
+        async with served(tmp_path, limits) as (_, server, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /v2 HT")
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408")
+            writer.close()
+            assert (await exchange(port, post()))[0] == 200
+
+    run(scenario)
+
+
+def test_draining_finishes_what_runs_and_turns_the_rest_away(tmp_path):
+    async def scenario():
+        async with served(tmp_path) as (_, server, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post())
+            await reader.readuntil(b"\r\n\r\n")
+            await server.close_ingress()
+            assert await server.drain(5)
+            with pytest.raises(OSError):
+                await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+
+    run(scenario)
+
+
+def test_tritonclient_gets_right_answers_in_json_and_binary(tmp_path):
+    http = pytest.importorskip("tritonclient.http")
+    import numpy as np
+
+    def ask(port):
+        with http.InferenceServerClient(f"127.0.0.1:{port}") as client:
+            assert client.is_server_live()
+            assert client.is_model_ready("commands")
+            assert client.get_model_metadata("commands")["inputs"][0]["name"] == "text"
+            answers = []
+            for binary in (False, True):
+                question = http.InferInput("text", [2], "BYTES")
+                question.set_data_from_numpy(
+                    np.array([b"turn the lights off", b"flip a coin"], object), binary_data=binary
+                )
+                wanted = [http.InferRequestedOutput(n, binary_data=binary) for n in ("intent", "confidence")]
+                result = client.infer("commands", [question], outputs=wanted)
+                assert result.as_numpy("confidence").dtype == np.float32
+                answers.append([raw if isinstance(raw, bytes) else raw.encode() for raw in result.as_numpy("intent")])
+            return answers
+
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            for answer in await asyncio.to_thread(ask, port):
+                assert answer == [b"smart_home", b"flip_coin"]
+
+    run(scenario)
