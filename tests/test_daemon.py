@@ -64,14 +64,18 @@ def test_a_second_daemon_on_the_same_socket_is_refused_in_one_sentence(config, d
 
 def test_infer_models_and_config_commands(config, tmp_path):
     request = tmp_path / "request.json"
-    request.write_text('{"inputs":[{"name":"text","shape":[2],"datatype":"BYTES","data":["flip a coin","hm"]}]}')
+    request.write_text(
+        '{"inputs":[{"name":"text","shape":[2],"datatype":"BYTES","data":["flip a coin","hm"]}]}'
+    )
     reply = json.loads(cli("infer", "commands", str(request), "--config", str(config)).stdout)
     assert reply["outputs"][0]["data"][0] == "flip_coin"
     assert json.loads(cli("models", "list", "--json").stdout)[0]["name"] == "commands"
     assert json.loads(cli("models", "show", "commands", "--json").stdout)["loaded"]["batch_invariant"]
     assert cli("models", "verify", "commands").stdout.startswith("ok: commands")
     assert cli("config", "check", str(config)).returncode == 0
-    assert json.loads(cli("config", "show", "--json", "--config", str(config)).stdout)["models"] == ["commands"]
+    assert json.loads(cli("config", "show", "--json", "--config", str(config)).stdout)["models"] == [
+        "commands"
+    ]
     assert "max_bytes = " in cli("config", "show").stdout
 
 

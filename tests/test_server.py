@@ -54,9 +54,7 @@ async def exchange(port, raw, pieces=1):
             with contextlib.suppress(ConnectionError):
                 await writer.drain()
         head = await reader.readuntil(b"\r\n\r\n")
-        fields = dict(
-            line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:] if ": " in line
-        )
+        fields = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:] if ": " in line)
         body = await reader.readexactly(int(fields["content-length"]))
         return int(head.split()[1]), fields.get("connection") == "close", body
     finally:
@@ -176,6 +174,17 @@ def test_endless_headers_are_cut_off(tmp_path):
         async with served(tmp_path) as (_, _, port):
             status, closed, _ = await exchange(port, b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 200_000, 50)
             assert (status, closed) == (431, True)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("chunk", [b"1\r\na\r\n" * 40_000, b"1;" + b"x" * 400_000, b"0" * 200_000])
+def test_chunks_of_mostly_framing_are_cut_off(tmp_path, chunk):
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            raw = b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
+            status, closed, _ = await exchange(port, raw, 50)
+            assert (status, closed) == (400, True)
 
     run(scenario)
 
@@ -301,7 +310,9 @@ def test_tritonclient_gets_right_answers_in_json_and_binary(tmp_path):
                 wanted = [http.InferRequestedOutput(n, binary_data=binary) for n in ("intent", "confidence")]
                 result = client.infer("commands", [question], outputs=wanted)
                 assert result.as_numpy("confidence").dtype == np.float32
-                answers.append([raw if isinstance(raw, bytes) else raw.encode() for raw in result.as_numpy("intent")])
+                answers.append(
+                    [raw if isinstance(raw, bytes) else raw.encode() for raw in result.as_numpy("intent")]
+                )
             return answers
 
     async def scenario():

@@ -130,13 +130,12 @@ class Connection(asyncio.Protocol):
             return
         if not self._head_bytes and not self._in_body:
             self._since = self._door.now()
+        was_in_body = self._in_body
+        if not was_in_body:
+            self._head_bytes += len(data)
         try:
-            self._count(len(data))
             self._parser.feed_data(data)
-            if not self._in_body and self._head_bytes > self._limits.header_bytes:
-                raise Rejected(  # noqa: TRY301
-                    431, f"The headers are longer than {self._limits.header_bytes} bytes."
-                )
+            self._check_framing(len(data) if was_in_body else 0)
         except Rejected as rejected:
             self._reject(rejected.status, str(rejected))
         except httptools.HttpParserCallbackError as error:
@@ -155,6 +154,9 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._reset()
+        self._head_bytes = (
+            1  # begun; where in the piece at hand is not known, so that piece counts as nothing
+        )
         if len(self._pending) >= self._limits.pipelined:
             raise Rejected(429, f"More than {self._limits.pipelined} requests are pipelined.")
 
@@ -236,17 +238,14 @@ class Connection(asyncio.Protocol):
         self._wire_bytes = 0
         self._in_body = False
 
-    def _count(self, size: int) -> None:
-        """Count what the parser buffers or skips without telling: endless headers, chunk extensions."""
+    def _check_framing(self, body_wire_bytes: int) -> None:
+        """Bound what the parser buffers or skips without telling: endless headers, chunk extensions, tiny chunks."""
         if self._in_body:
-            self._wire_bytes += size
-            if (
-                self._wire_bytes > self._limits.chunk_overhead_bytes + 2 * (self._body_bytes + size)
-                and size < 64
-            ):
+            self._wire_bytes += body_wire_bytes
+            if self._wire_bytes > self._limits.chunk_overhead_bytes + 2 * self._body_bytes:
                 raise Rejected(400, "The chunks carry more framing than data.")
-        else:
-            self._head_bytes += size
+        elif self._head_bytes > self._limits.header_bytes:
+            raise Rejected(431, f"The headers are longer than {self._limits.header_bytes} bytes.")
 
     def _check_door(self, version: str) -> None:
         """A web page must not reach the daemon: Host defeats rebinding, Origin and Sec-Fetch-Site the rest."""
@@ -260,6 +259,8 @@ class Connection(asyncio.Protocol):
             )
         if "origin" in self._headers:
             raise Rejected(403, "Requests from web pages are not served.")
+        if "upgrade" in self._headers:
+            raise Rejected(400, "Upgrades are not offered.")
         if self._headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise Rejected(403, "Requests from web pages are not served.")
         if not self._url.startswith(b"/"):
