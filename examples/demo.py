@@ -80,7 +80,9 @@ def stop(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def wait_for(condition: "object", process: subprocess.Popen[bytes] | None, log: Path | None, limit_s: float = 30) -> None:
+def wait_for(
+    condition: "object", process: subprocess.Popen[bytes] | None, log: Path | None, limit_s: float = 30
+) -> None:
     assert callable(condition)
     ends = time.monotonic() + limit_s
     while not condition():
@@ -135,10 +137,18 @@ def main() -> int:
                 f'broker = "mqtt://127.0.0.1:{port}"\nmodels = ["{home / "models" / "commands-cloud"}"]\n'
             )
             stack.enter_context(
-                running([str(bin_folder / "cloud-fallback"), "serve", "--config", str(cloud)], folder / "cloud.log", "ready:")
+                running(
+                    [str(bin_folder / "cloud-fallback"), "serve", "--config", str(cloud)],
+                    folder / "cloud.log",
+                    "ready:",
+                )
             )
         stack.enter_context(
-            running([str(bin_folder / "edge-runtime"), "serve", "--config", str(edge)], folder / "edge.log", "ready:")
+            running(
+                [str(bin_folder / "edge-runtime"), "serve", "--config", str(edge)],
+                folder / "edge.log",
+                "ready:",
+            )
         )
         client = Client(folder / "edge.sock")
         if broker is None:
@@ -146,12 +156,17 @@ def main() -> int:
             ask_all("Offline, no cloud configured", client)
         else:
             wait_for(lambda: _cloud(client)["connected"], None, folder / "edge.log")
-            first = ask_all("With the cloud: sure answers stay on the device, hard ones are escalated", client)
+            first = ask_all(
+                "With the cloud: sure answers stay on the device, hard ones are escalated", client
+            )
             ask_all("The same again: served from the cache", client)
             stop(broker)
             wait_for(lambda: not _cloud(client)["connected"], None, folder / "edge.log")
             stack.enter_context(restarted_cache(bin_folder, edge, folder))
-            offline = ask_all("Broker stopped: everything is answered locally, hard ones degraded", Client(folder / "off.sock"))
+            offline = ask_all(
+                "Broker stopped: everything is answered locally, hard ones degraded",
+                Client(folder / "off.sock"),
+            )
             assert any(answer["origin"] == "cloud" for answer in first)
             assert all(answer["origin"] == "local" for answer in offline)
             assert any(answer["degraded"] for answer in offline)

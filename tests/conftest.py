@@ -18,8 +18,21 @@ class Broker:
         self.port = port
         self.url = f"mqtt://127.0.0.1:{port}"
         self._config = folder / "mosquitto.conf"
-        self._config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
         self._process = None
+        self._configure(allow_anonymous=True)
+
+    def _configure(self, *lines, allow_anonymous):
+        everybody = "true" if allow_anonymous else "false"
+        rest = "".join(f"{line}\n" for line in lines)
+        self._config.write_text(
+            f"listener {self.port} 127.0.0.1\nallow_anonymous {everybody}\nset_tcp_nodelay true\n{rest}"
+        )
+
+    def restart(self, *lines, allow_anonymous=True):
+        """Start again with more lines in the configuration."""
+        self.stop()
+        self._configure(*lines, allow_anonymous=allow_anonymous)
+        self.start()
 
     def start(self):
         self._process = subprocess.Popen(

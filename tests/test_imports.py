@@ -42,11 +42,11 @@ def broken_rules(module, source):
                 broken.append(f"{module} imports {name}; core is pure")
         if module.startswith("edge_runtime") and top == "cloud_fallback":
             broken.append(f"{module} imports the cloud tier")
-        if top == "tools" or top == "tests":
+        if top in {"tools", "tests"}:
             broken.append(f"{module} imports {top}")
-        if module.startswith("cloud_fallback") and top == "edge_runtime" and name.split(".")[1:2]:
-            if name.split(".")[1] in CLOUD_MAY_NOT:
-                broken.append(f"{module} imports {name}, which belongs to the edge alone")
+        part = (name.split(".") + [""])[1] if top == "edge_runtime" else ""
+        if module.startswith("cloud_fallback") and part in CLOUD_MAY_NOT:
+            broken.append(f"{module} imports {name}, which belongs to the edge alone")
     return broken
 
 

@@ -178,7 +178,7 @@ def test_endless_headers_are_cut_off(tmp_path):
     run(scenario)
 
 
-@pytest.mark.parametrize("chunk", [b"1\r\na\r\n" * 40_000, b"1;" + b"x" * 400_000, b"0" * 200_000])
+@pytest.mark.parametrize("chunk", [b"1\r\na\r\n" * 400_000, b"1;" + b"x" * 400_000, b"0" * 200_000])
 def test_chunks_of_mostly_framing_are_cut_off(tmp_path, chunk):
     async def scenario():
         async with served(tmp_path) as (_, _, port):
@@ -267,7 +267,7 @@ def test_the_socket_is_private_replaced_when_stale_and_refused_when_in_use(tmp_p
 def test_a_slow_peer_is_closed_by_the_sweep_and_others_are_served(tmp_path):
     async def scenario():
         limits = HttpLimits(header_s=0.0)
-        async with served(tmp_path, limits) as (_, server, port):
+        async with served(tmp_path, limits) as (_, _, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /v2 HT")
             assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408")

@@ -204,7 +204,7 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, help="kept weights (.pt): written, or read where it exists"
     )
     parser.add_argument("--out", type=Path, default=Path("models/commands-cloud"))
-    parser.add_argument("--bundle-version", default="1.0.0")
+    parser.add_argument("--bundle-version", default="1")
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=2)

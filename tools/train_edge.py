@@ -61,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--buckets", type=int, default=Shape.buckets)
     parser.add_argument("--width", type=int, default=Shape.width)
-    parser.add_argument("--bundle-version", default="1.0.0")
+    parser.add_argument("--bundle-version", default="1")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

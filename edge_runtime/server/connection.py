@@ -53,6 +53,8 @@ class Connection(asyncio.Protocol):
         self._keep: deque[bool] = deque()
         self._is_closing = False
         self._is_write_paused = False
+        self._is_lingering = False
+        self._is_rejected = False
         self._since = door.now()  # when the present phase (idle, header, body, write) began
         self._reset()
 
@@ -76,6 +78,9 @@ class Connection(asyncio.Protocol):
 
     def check_time(self, now: float) -> None:
         """Close a peer that is too slow for the phase it is in."""
+        if self._is_lingering:
+            self.abort()
+            return
         limits = self._limits
         if self._is_write_paused:
             limit = limits.write_s
@@ -299,12 +304,18 @@ class Connection(asyncio.Protocol):
             transport.write(task.result().encode(keep_alive=keep))
         if not self._pending:
             self._since = self._door.now()
-            if self._is_closing and not self._is_write_paused:
+            if self._is_rejected and transport.can_write_eof():
+                # Closing with unread bytes resets the connection and may take the answer with it:
+                # say the end, swallow what still comes, let the sweep close.
+                self._is_lingering = True
+                transport.write_eof()
+            elif self._is_closing and not self._is_write_paused:
                 transport.close()
 
     def _reject(self, status: int, message: str) -> None:
         """Answer after what is under way, then close: where a request ends is no longer known."""
         self._is_closing = True
+        self._is_rejected = True
         self._in_body = False
         self._head_bytes = 0
 
