@@ -41,7 +41,7 @@ class CacheSettings(Settings, frozen=True):
     """The answer cache in memory."""
 
     enabled: bool = True
-    max_bytes: Positive = 32 << 20
+    max_bytes: Positive = 8 << 20  # about 14,000 commands
     ttl_s: Seconds = 3600.0
 
 

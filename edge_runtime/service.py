@@ -230,6 +230,7 @@ class Service:
             found = self._cache.get(looked_ns, key)
             if found is not None:
                 statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
+                statistics.queue.add(0)  # as Triton counts: load generators look for it
                 return replace(found, origin=Origin.CACHE, queue_ns=0, infer_ns=0, cloud_ns=0)
             flight = self._flights.get(key)
             if flight is None:
