@@ -170,7 +170,9 @@ def test_silence_opens_the_breaker_and_one_good_probe_closes_it(broker):
                 assert await reason_of(asking) is Reason.CLOUD_LATE
                 await cloud.heard.get()
             assert uplink.link_state().is_breaker_open
-            assert await reason_of(uplink.ask("commands", question(), deadline_ns=soon())) is Reason.CLOUD_OPEN
+            assert (
+                await reason_of(uplink.ask("commands", question(), deadline_ns=soon())) is Reason.CLOUD_OPEN
+            )
             await until(lambda: breaker.state(time.monotonic_ns()) is BreakerState.HALF_OPEN)
             probe = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon()))
             await cloud.connection.publish(answer(await cloud.heard.get()))
@@ -191,7 +193,9 @@ def test_what_is_too_large_to_send_says_nothing_about_the_cloud(broker):
             import random
 
             noise = random.Random(1)
-            texts = tuple("".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(20_000)).encode() for _ in texts)
+            texts = tuple(
+                "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(20_000)).encode() for _ in texts
+            )
             large = InferRequest((Tensor("text", "BYTES", (3,), texts),))
             reason = await reason_of(uplink.ask("commands", large, deadline_ns=soon()))
             assert reason is Reason.CLOUD_REFUSED
