@@ -6,6 +6,7 @@ acknowledged too, or it would come back for ever.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections import OrderedDict
@@ -16,15 +17,21 @@ from cloud_fallback.config import CloudConfig, worker_id
 from edge_runtime.core import wire
 from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, TooLarge
 from edge_runtime.core.messages import Answer, InferReply, InferRequest
+from edge_runtime.core.mqtt_reasons import ReasonClass, classify, in_words
 from edge_runtime.core.topics import parse_request_topic, reply_topic_for, worker_filter, worker_state_topic
-from edge_runtime.envelope import Message, pack, unpack
+from edge_runtime.envelope import Message, pack, reads_zstd, unpack
 from edge_runtime.lane import Lane, refusal
 from edge_runtime.model import Model
-from edge_runtime.mqtt import Broker, Connection, LinkLost, Received
+from edge_runtime.mqtt import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
 from edge_runtime.replies import build_reply
 
 _log = logging.getLogger(__name__)
+_SESSION_EXPIRY_S = 60  # a worker that restarts within it gets what was handed to it and not acknowledged
 _REMEMBERED = 4096  # replies kept for duplicates: a minute at 64 requests per second
+
+
+#: Topic, request id and digest of the body: people repeat an id with another question.
+_Key = tuple[str, bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +49,8 @@ class Worker:
         self._config = config
         self._models = models
         self._tasks: set[asyncio.Task[None]] = set()
-        # (topic, request id) -> its reply, or None while it is being computed
-        self._replies: OrderedDict[tuple[str, bytes], Message | None] = OrderedDict()
+        # the same question -> its reply, or None while it is being computed
+        self._replies: OrderedDict[_Key, Message | None] = OrderedDict()
         self.connection = Connection(
             Broker(
                 config.broker,
@@ -57,14 +64,23 @@ class Worker:
             subscriptions=tuple(worker_filter(config.group, name) for name in models),
             state_topic=worker_state_topic(worker_id(config)),
             on_message=self._on_message,
+            session_expiry_s=_SESSION_EXPIRY_S,
             max_in_flight=config.max_in_flight,
         )
 
     async def drain(self) -> None:
-        """Take no new requests; answer and acknowledge those taken; disconnect."""
-        await self.connection.unsubscribe()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._config.drain_s)
+        """Take no new requests; answer and acknowledge those taken; disconnect.
+
+        The broker hands over the rest of a burst as acknowledgements make room, so the end is when a
+        round trip to it brings nothing new.
+        """
+        until = time.monotonic() + self._config.drain_s
+        while True:
+            await self.connection.unsubscribe()
+            remaining_s = until - time.monotonic()
+            if not self._tasks or remaining_s <= 0:
+                break
+            await asyncio.wait(self._tasks, timeout=remaining_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -83,47 +99,69 @@ class Worker:
             _log.warning("event=foreign_topic")
             self.connection.acknowledge(received)
             return
-        key = (message.topic, message.correlation)
-        reply: Message | None = None
-        if message.correlation and key in self._replies:
-            reply = self._replies[key]
-            if reply is None:  # a duplicate of what runs right now: its reply is on the way
+        key = (message.topic, message.correlation, hashlib.blake2b(message.payload, digest_size=16).digest())
+        reply = self._replies.get(key) if message.correlation else None
+        if reply is None and message.correlation:
+            if key in self._replies:  # a duplicate of what runs right now: its reply is on the way
                 self.connection.acknowledge(received)
                 return
+            self._remember(key, None)
         if reply is None:
-            if message.correlation:
-                self._remember(key, None)
-            reply = await self._reply(message, topic.model, reply_topic_for(topic))
-            if message.correlation:
+            try:
+                reply, is_final = await self._reply(message, topic.model, reply_topic_for(topic))
+            except BaseException:
+                self._replies.pop(key, None)
+                raise
+            if message.correlation and is_final:
                 self._remember(key, reply)
+            else:  # the same question may fare better next time
+                self._replies.pop(key, None)
+        await self._send(reply, received)
+
+    async def _send(self, reply: Message, received: Received) -> None:
         try:
-            await self.connection.publish(reply)
-        except TooLarge as error:
-            small = wire.encode_error(str(error))
-            await self.connection.publish(
-                pack(reply.topic, small, None, correlation=message.correlation, expiry_s=None)
-            )
+            try:
+                code = await self.connection.publish(reply)
+            except TooLarge as error:
+                small = wire.encode_error(str(error), reason=wire.INVALID)
+                reply = pack(reply.topic, small, None, correlation=reply.correlation, expiry_s=None)
+                code = await self.connection.publish(reply)
         except LinkLost:
             return  # unacknowledged: the broker hands it over again, and the reply is remembered
+        if classify(code) is not ReasonClass.OK and code != NO_SUBSCRIBERS:
+            _log.warning("event=reply_refused topic=%s why=%r", reply.topic, in_words(code))
         self.connection.acknowledge(received)
 
-    async def _reply(self, message: Message, model: str, topic: str) -> Message:
+    async def _reply(self, message: Message, model: str, topic: str) -> tuple[Message, bool]:
+        """The reply, and whether the same question would get it again."""
         body: bytes
         json_length: int | None = None
+        is_final = False
         try:
             body, json_length = wire.encode_reply(await self._infer(message, model))
+            is_final = True
         except Refused as refused:
             body = wire.encode_error(
                 str(refused),
                 reason=refused.kind.value,
                 retry_after_ms=int(1000 * (refused.retry_after_s or 0)),
             )
+        except InvalidRequest as error:
+            body = wire.encode_error(str(error), reason=wire.INVALID)
         except EdgeRuntimeError as error:
             body = wire.encode_error(str(error))
         except Exception:  # noqa: BLE001 - a defect of ours must not end the connection; it is logged
             _log.exception("event=request_failed")
             body = wire.encode_error("Internal error; the worker's log tells more.")
-        return pack(topic, body, json_length, correlation=message.correlation[:16], expiry_s=message.expiry_s)
+        reply = pack(
+            topic,
+            body,
+            json_length,
+            correlation=message.correlation[:16],
+            expiry_s=message.expiry_s,
+            may_compress=reads_zstd(message),
+        )
+        return reply, is_final
 
     async def _infer(self, message: Message, name: str) -> InferReply:
         started_ns = time.monotonic_ns()
@@ -143,7 +181,7 @@ class Worker:
             {"origin": "cloud", "total_us": total_us},
         )
 
-    def _remember(self, key: tuple[str, bytes], reply: Message | None) -> None:
+    def _remember(self, key: _Key, reply: Message | None) -> None:
         self._replies[key] = reply
         self._replies.move_to_end(key)
         while len(self._replies) > _REMEMBERED:

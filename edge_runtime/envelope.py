@@ -14,6 +14,7 @@ _MAX_PROPERTY_BYTES = 1024
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _DIGEST = "Content-Digest"
 _ENCODING = "Content-Encoding"
+_ACCEPT = "Accept-Encoding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +31,31 @@ class Message:
 
 
 def pack(
-    topic: str, body: bytes, json_length: int | None, *, correlation: bytes, expiry_s: int | None
+    topic: str,
+    body: bytes,
+    json_length: int | None,
+    *,
+    correlation: bytes,
+    expiry_s: int | None,
+    may_compress: bool = True,
+    accept_zstd: bool = False,
 ) -> Message:
-    """Wrap a body for the wire."""
-    user: list[tuple[str, str]] = []
+    """Wrap a body for the wire. `accept_zstd` tells the receiver that its reply may be compressed."""
+    user: list[tuple[str, str]] = [(_ACCEPT, "zstd")] if accept_zstd else []
     content_type = "application/json"
     if json_length is not None:
         user.append((_JSON_LENGTH, str(json_length)))
         content_type = "application/octet-stream"
     payload = body
-    if len(body) >= _COMPRESS_FROM_BYTES:
+    if may_compress and len(body) >= _COMPRESS_FROM_BYTES:
         payload = compress(body, 3)
         user += [(_ENCODING, "zstd"), (_DIGEST, hashlib.sha256(body).hexdigest())]
     return Message(topic, payload, content_type, correlation, expiry_s, tuple(user))
+
+
+def reads_zstd(message: Message) -> bool:
+    """Whether the sender of a request can read a compressed reply; a person with a stock client cannot."""
+    return any(pair in ((_ACCEPT, "zstd"), (_ENCODING, "zstd")) for pair in message.user)
 
 
 def unpack(message: Message) -> tuple[bytes, int | None]:

@@ -8,11 +8,10 @@ import numpy as np
 
 from edge_runtime.bundle import Manifest, find_bundle, load_bundle
 from edge_runtime.core.errors import BundleError, EngineFailed
-from edge_runtime.core.messages import ModelInfo, Row, Tensor
+from edge_runtime.core.messages import DTYPES, ModelInfo, Row, Tensor
 from edge_runtime.engines import Engine
 from edge_runtime.processing import Processor
 from edge_runtime.processing.build import build_processor
-from edge_runtime.processing.tensors import DTYPES
 from edge_runtime.processing.text_classification import TextClassification
 
 #: Other kernels for other batch sizes round differently, near 1e-7 of a value; scales shared by a batch

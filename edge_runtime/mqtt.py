@@ -16,23 +16,28 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_runtime.core.backoff import Backoff
 from edge_runtime.core.errors import EdgeRuntimeError, TooLarge
+from edge_runtime.core.mqtt_reasons import NO_MATCHING_SUBSCRIBERS, ReasonClass, classify, in_words
 from edge_runtime.envelope import Message
 
 _log = logging.getLogger(__name__)
 
-NO_SUBSCRIBERS = 0x10
+NO_SUBSCRIBERS = NO_MATCHING_SUBSCRIBERS
 #: A packet above this is refused by the broker settings this project ships, and by AWS IoT Core.
 MAX_PACKET_BYTES = 128 << 10
 _CONNECT_S = 5.0
 _KEEPALIVE_S = 30
-_SESSION_EXPIRY_S = 60  # a worker that restarts within it gets what was handed to it and not acknowledged
+#: A connection that lived shorter shows nothing: two clients of one id would take it from each other at full speed.
+_STABLE_S = 10.0
+_SUSPICIOUS_LIVES = 3
+#: Where a person must mend something, trying fast only fills logs.
+_PATIENT_ATTEMPT = 6
 
 
 class LinkLost(EdgeRuntimeError):  # noqa: N818 - the fact it states
@@ -72,25 +77,36 @@ class Connection:
         subscriptions: tuple[str, ...],
         state_topic: str,
         on_message: Callable[[Received], None],
+        on_lost: Callable[[], None] = lambda: None,
+        session_expiry_s: int = 0,
         max_in_flight: int = 64,
         backoff: Backoff | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        """`state_topic` carries "online", or "offline" by the last will, retained."""
+        """`state_topic` carries "online", or "offline" by the last will, retained.
+
+        `on_lost` is called once for each connection that ends. A session kept for `session_expiry_s` hands
+        what was not acknowledged to the next connection; 0 begins anew each time.
+        """
         self._broker = broker
         self._subscriptions = subscriptions
         self._state_topic = state_topic
         self._on_message = on_message
+        self._on_lost = on_lost
+        self._session_expiry_s = session_expiry_s
+        self._is_session_spoilt = False
         self._max_in_flight = max_in_flight
         self._backoff = backoff or Backoff(cap_s=30.0)
         self._draw = draw
         self._client: paho.Client | None = None
         self._socket: socket.socket | None = None
         self._epoch = 0
-        self._unconfirmed: dict[int, asyncio.Future[int]] = {}
+        # message id -> who waits for the broker's word, and the window whose place the message holds
+        self._unconfirmed: dict[int, tuple[asyncio.Future[int], asyncio.Semaphore]] = {}
         self._unsubscribed: asyncio.Future[None] | None = None
         self._packet_limit = MAX_PACKET_BYTES
         self._window = asyncio.Semaphore(max_in_flight)
+        self._is_mended_by_waiting = True
         self._up = asyncio.Event()
         self._lost = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -128,18 +144,19 @@ class Connection:
         size = 9 + len(message.topic) + len(properties.pack()) + len(message.payload)
         if size > self._packet_limit:
             raise TooLarge(f"The message takes {size} bytes; the broker accepts {self._packet_limit}.")
-        async with self._window:
-            if client is not self._client:
-                raise LinkLost("The connection to the broker was lost while waiting for its window.")
-            info = client.publish(message.topic, message.payload, 1, message.retain, properties)
-            if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_QUEUE_SIZE):
-                raise LinkLost("The connection to the broker is gone.")
-            confirmed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            self._unconfirmed[info.mid] = confirmed
-            try:
-                return await confirmed
-            finally:
-                self._unconfirmed.pop(info.mid, None)
+        window = self._window
+        await window.acquire()
+        if client is not self._client:
+            window.release()
+            raise LinkLost("The connection to the broker was lost while waiting for its window.")
+        info = client.publish(message.topic, message.payload, 1, message.retain, properties)
+        if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_QUEUE_SIZE):
+            window.release()
+            raise LinkLost("The connection to the broker is gone.")
+        confirmed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        # A caller that is cancelled leaves its place taken: the broker counts the message until it has answered.
+        self._unconfirmed[info.mid] = confirmed, window
+        return await confirmed
 
     def acknowledge(self, received: Received) -> None:
         """Tell the broker that a message is dealt with; for an earlier connection's message do nothing.
@@ -180,19 +197,30 @@ class Connection:
         self._drop("closed")
 
     async def _stay_connected(self) -> None:
-        attempt = 0
+        attempt = short_lives = 0
         while True:
+            connects = self.connects
             self._lost.clear()
+            self._is_mended_by_waiting = True
+            began = time.monotonic()
             try:
                 await self._connect()
             except (OSError, ValueError) as error:
                 self.last_error = f"connecting failed: {error}"
             else:
-                began = self.connects
                 await self._watch()
-                if self.connects > began or self.last_error == "connection lost":
-                    attempt = 0
+                if time.monotonic() - began > _STABLE_S:
+                    attempt = short_lives = 0
+                elif self.connects > connects:
+                    short_lives += 1
+            if short_lives >= _SUSPICIOUS_LIVES:
+                # mosquitto 2.0.11 closes without a word when a session is taken over.
+                self.last_error += "; it was welcome and lost again several times, as when another client has the same client id"
             self._drop(self.last_error)
+            if not self._is_mended_by_waiting:
+                attempt = max(attempt, _PATIENT_ATTEMPT)
+            if self.last_error:
+                _log.warning("event=broker_unavailable attempt=%d why=%r", attempt + 1, self.last_error)
             await asyncio.sleep(self._backoff.delay_s(attempt, self._draw))
             attempt += 1
 
@@ -216,16 +244,19 @@ class Connection:
         is_tls = place.scheme == "mqtts"
         client = self._new_client(is_tls=is_tls)
         connect = Properties(PacketTypes.CONNECT)
-        connect.SessionExpiryInterval = _SESSION_EXPIRY_S
+        connect.SessionExpiryInterval = self._session_expiry_s
         connect.ReceiveMaximum = self._max_in_flight
         connect.MaximumPacketSize = MAX_PACKET_BYTES
+
+        # What paho could not read comes back with a kept session, and would end each connection in turn.
+        begin_anew = self._session_expiry_s == 0 or self._is_session_spoilt
 
         def blocking() -> None:
             client.connect(
                 place.hostname or "127.0.0.1",
                 place.port or (8883 if is_tls else 1883),
                 keepalive=_KEEPALIVE_S,
-                clean_start=False,
+                clean_start=begin_anew,
                 properties=connect,
             )
 
@@ -238,7 +269,15 @@ class Connection:
         self._client, self._socket = client, found
         self._epoch += 1
         loop = asyncio.get_running_loop()
-        loop.add_reader(found, self._step, client, client.loop_read)
+
+        def read() -> MQTTErrorCode:
+            code = client.loop_read()
+            # TLS decrypts whole records: what is left of one wakes no selector.
+            while code == paho.MQTT_ERR_SUCCESS and isinstance(found, ssl.SSLSocket) and found.pending():
+                code = client.loop_read()
+            return code
+
+        loop.add_reader(found, self._step, client, read)
 
         def write_when_possible(*_: Any) -> None:
             loop.add_writer(found, self._step, client, client.loop_write)
@@ -290,48 +329,77 @@ class Connection:
         try:
             code = step()
         except Exception as error:  # noqa: BLE001 - anything a hostile packet makes paho raise
+            self._is_session_spoilt = True
             self._lose(f"the broker sent what could not be read ({type(error).__name__})")
             return
         if code != paho.MQTT_ERR_SUCCESS and client is self._client:
-            self._lose("connection lost")
+            if code == paho.MQTT_ERR_CONN_LOST:
+                self._lose("connection lost")
+            else:  # paho met what it does not accept, and has closed its socket
+                self._is_session_spoilt = True
+                self._lose(f"the broker sent what could not be read ({paho.error_string(code)})")
 
     def _lose(self, why: str) -> None:
+        """The connection is over; what is said first is the cause, the rest follows from it."""
         self._up.clear()
-        self.last_error = why
-        self._lost.set()
+        if not self._lost.is_set():
+            self.last_error = why
+            self._lost.set()
 
     def _drop(self, why: str) -> None:
         """Forget the connection; everybody who waits for it learns so."""
         self._up.clear()
+        if self._client is not None:
+            # paho closes its socket once more when it is collected, and tells whoever still listens.
+            self._client.on_socket_close = None
+            self._client.on_socket_unregister_write = None
+            self._client.on_disconnect = None
         if self._socket is not None and self._socket.fileno() >= 0:
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._socket)
             loop.remove_writer(self._socket)
             self._socket.close()
+        had_client = self._client is not None
         self._client, self._socket = None, None
-        for confirmed in list(self._unconfirmed.values()):
+        unconfirmed, self._unconfirmed = self._unconfirmed, {}
+        for confirmed, window in unconfirmed.values():
+            window.release()
             if not confirmed.done():
                 confirmed.set_exception(LinkLost(f"The connection to the broker was lost ({why})."))
-        self._unconfirmed.clear()
+        if had_client:
+            self._on_lost()
 
     def _on_connect(
         self, client: paho.Client, _data: Any, _flags: Any, code: Any, properties: Properties | None
     ) -> None:
         if code.is_failure:
-            self._lose(f"the broker refused us: {code}")
+            self._is_mended_by_waiting = classify(code.value) is not ReasonClass.CONFIGURATION
+            self._lose(f"the broker refused us: {in_words(code.value)}")
             return
+        self._is_session_spoilt = False
         limit = getattr(properties, "MaximumPacketSize", None)
         self._packet_limit = min(MAX_PACKET_BYTES, limit or MAX_PACKET_BYTES)
         theirs = getattr(properties, "ReceiveMaximum", None)
         # paho ignores the broker's window; one place is left for our own state message.
         self._window = asyncio.Semaphore(max(1, min(self._max_in_flight, theirs or 65_535) - 1))
-        options = SubscribeOptions(qos=1)
-        client.subscribe([(topic, options) for topic in self._subscriptions])
+        # Retained requests are planted ones: none is asked for, and those that come live are told apart.
+        options = SubscribeOptions(
+            qos=1, retainAsPublished=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND
+        )
+        if self._subscriptions:
+            client.subscribe([(topic, options) for topic in self._subscriptions])
+        else:
+            self._welcome(client)
 
     def _on_subscribe(self, client: paho.Client, _data: Any, _mid: int, codes: Any, _properties: Any) -> None:
-        if any(code.is_failure for code in codes):
-            self._lose(f"the broker refused a subscription: {', '.join(str(code) for code in codes)}")
+        refused = [code.value for code in codes if code.is_failure]
+        if refused:
+            self._is_mended_by_waiting = classify(refused[0]) is not ReasonClass.CONFIGURATION
+            self._lose(f"the broker refused a subscription: {in_words(refused[0])}")
             return
+        self._welcome(client)
+
+    def _welcome(self, client: paho.Client) -> None:
         client.publish(self._state_topic, b"online", 1, retain=True)
         self.connects += 1
         self.last_error = ""
@@ -342,12 +410,15 @@ class Connection:
             self._unsubscribed.set_result(None)
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, code: Any, _properties: Any) -> None:
-        confirmed = self._unconfirmed.get(mid)
+        confirmed, window = self._unconfirmed.pop(mid, (None, None))
+        if window is not None:
+            window.release()
         if confirmed is not None and not confirmed.done():
             confirmed.set_result(code.value)
 
-    def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
-        self._lose(f"disconnected: {code}" if code.is_failure else "connection lost")
+    def _on_disconnect(self, _client: Any, _data: Any, flags: Any, code: Any, _properties: Any) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._lose(f"disconnected: {in_words(code.value)}")
 
     def _on_packet(self, client: paho.Client, _data: Any, packet: paho.MQTTMessage) -> None:
         if packet.retain:  # a request planted for every worker to come: never executed

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from enum import Enum
 from typing import Protocol
 
 from edge_runtime.core import wire
@@ -10,6 +11,7 @@ from edge_runtime.core.breaker import Breaker, BreakerState
 from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind
 from edge_runtime.core.escalation import LinkState
 from edge_runtime.core.messages import InferReply, InferRequest, Reason
+from edge_runtime.core.mqtt_reasons import ReasonClass, classify, in_words
 from edge_runtime.core.roundtrip import RoundTrip
 from edge_runtime.core.topics import device_state_topic, reply_topic, request_topic
 from edge_runtime.envelope import Message, pack, unpack
@@ -17,12 +19,21 @@ from edge_runtime.mqtt import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Rece
 from edge_runtime.typed_toml import read_secret
 
 
+class Peer(Enum):
+    """What an outcome says about the cloud; the breaker counts nothing else."""
+
+    FAULTY = "faulty"  # silence or nonsense
+    ALIVE = "alive"  # it answered sensibly, if only with a refusal
+    UNKNOWN = "unknown"  # the link or we ourselves stood in the way
+
+
 class CloudUnavailable(CloudError):  # noqa: N818 - the fact it states
     """The cloud gave no usable answer; `reason` is the word the caller sees."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    def __init__(self, reason: Reason, message: str, peer: Peer = Peer.UNKNOWN) -> None:
         super().__init__(message)
         self.reason = reason
+        self.peer = peer
 
 
 class CloudSettings(Protocol):
@@ -83,6 +94,7 @@ class Uplink:
             subscriptions=(reply_topic(settings.tenant, device),),
             state_topic=device_state_topic(settings.tenant, device),
             on_message=self._on_message,
+            on_lost=self._on_lost,
         )
 
     async def start(self) -> None:
@@ -96,9 +108,7 @@ class Uplink:
     async def close(self) -> None:
         """Disconnect. Whoever still waits is told that the link is down."""
         await self._connection.close()
-        for waiting in self._open.values():
-            if not waiting.done():
-                waiting.set_exception(CloudUnavailable(Reason.LINK_DOWN, "The uplink is closing."))
+        self._on_lost()  # also where there never was a connection
 
     def link_state(self) -> LinkState:
         """What the decision needs to know, now."""
@@ -132,13 +142,13 @@ class Uplink:
         try:
             reply = await self._exchange(model, request, asked_ns, deadline_ns)
         except CloudUnavailable as failure:
-            # Only silence and nonsense are faults of the peer; a refusal shows that it lives.
-            if failure.reason in (Reason.CLOUD_LATE, Reason.CLOUD_FAILED):
-                self._breaker.failed(permit, time.monotonic_ns())
-            elif failure.reason is Reason.CLOUD_REFUSED:
-                self._breaker.succeeded(permit, time.monotonic_ns())
-            else:
-                self._breaker.abandoned(permit)
+            match failure.peer:
+                case Peer.FAULTY:
+                    self._breaker.failed(permit, time.monotonic_ns())
+                case Peer.ALIVE:
+                    self._breaker.succeeded(permit, time.monotonic_ns())
+                case Peer.UNKNOWN:
+                    self._breaker.abandoned(permit)
             raise
         except BaseException:
             self._breaker.abandoned(permit)
@@ -164,19 +174,28 @@ class Uplink:
             *wire.encode_request(timed),
             correlation=request_id,
             expiry_s=max(1, int(-(-remaining_s // 1))),
+            accept_zstd=True,
         )
         waiting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._open[request_id] = waiting
         self.counters["asked"] += 1
         try:
             async with asyncio.timeout(max(0.0, remaining_s)):
-                if await self._connection.publish(message) == NO_SUBSCRIBERS:
+                code = await self._connection.publish(message)
+                if code == NO_SUBSCRIBERS:
                     self.counters["absent"] += 1
                     raise CloudUnavailable(Reason.CLOUD_ABSENT, "No cloud worker serves this model.")
+                if classify(code) is not ReasonClass.OK:
+                    self.counters["refused"] += 1
+                    raise CloudUnavailable(
+                        Reason.CLOUD_REFUSED, f"The broker refused the request: {in_words(code)}."
+                    )
                 answer = await waiting
         except TimeoutError:
             self.counters["late"] += 1
-            raise CloudUnavailable(Reason.CLOUD_LATE, "The cloud did not answer in time.") from None
+            raise CloudUnavailable(
+                Reason.CLOUD_LATE, "The cloud did not answer in time.", Peer.FAULTY
+            ) from None
         except LinkLost as error:
             self.counters["link_lost"] += 1
             raise CloudUnavailable(Reason.LINK_DOWN, str(error)) from None
@@ -197,19 +216,34 @@ class Uplink:
             reply = wire.decode_reply(body, json_length)
         except InvalidRequest as error:
             self.counters["bad_reply"] += 1
-            raise CloudUnavailable(Reason.CLOUD_FAILED, f"The reply cannot be read: {error}") from None
+            raise CloudUnavailable(
+                Reason.CLOUD_FAILED, f"The reply cannot be read: {error}", Peer.FAULTY
+            ) from None
         if reply.model_name != model:
             self.counters["bad_reply"] += 1
-            raise CloudUnavailable(Reason.CLOUD_FAILED, "The reply is for another model.")
+            raise CloudUnavailable(Reason.CLOUD_FAILED, "The reply is for another model.", Peer.FAULTY)
         return reply
 
     def _raise_error(self, body: bytes) -> None:
         text, fields = wire.decode_error(body)
-        if fields.get("reason") in _REFUSED:
+        reason = fields.get("reason")
+        if reason == RefusalKind.LATE.value:
+            self.counters["late"] += 1
+            raise CloudUnavailable(Reason.CLOUD_LATE, text, Peer.ALIVE)
+        if reason in _REFUSED:
             self.counters["refused"] += 1
-            raise CloudUnavailable(Reason.CLOUD_REFUSED, text)
+            raise CloudUnavailable(Reason.CLOUD_REFUSED, text, Peer.ALIVE)
         self.counters["failed"] += 1
-        raise CloudUnavailable(Reason.CLOUD_FAILED, text)
+        # What it calls invalid is a fault of this side: both ends disagree about the model.
+        raise CloudUnavailable(
+            Reason.CLOUD_FAILED, text, Peer.ALIVE if reason == wire.INVALID else Peer.FAULTY
+        )
+
+    def _on_lost(self) -> None:
+        """Replies to what was asked on this connection will not come: their callers fall back now."""
+        for waiting in self._open.values():
+            if not waiting.done():
+                waiting.set_exception(LinkLost("The connection to the broker was lost."))
 
     def _on_message(self, received: Received) -> None:
         self._connection.acknowledge(received)

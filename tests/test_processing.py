@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from edge_runtime.core.errors import InvalidRequest, TooLarge, Unsupported
-from edge_runtime.core.messages import Signature, Tensor, TensorSpec
+from edge_runtime.core.messages import DTYPES, Signature, Tensor, TensorSpec
 from edge_runtime.processing.ngrams import NgramFeaturiser
-from edge_runtime.processing.tensors import DTYPES, Tensors
+from edge_runtime.processing.tensors import Tensors
 from edge_runtime.processing.text_classification import Calibration, TextClassification
 
 NGRAMS = NgramFeaturiser(slots=32, buckets=1000, grams=(3, 4), skips=True)

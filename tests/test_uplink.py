@@ -1,6 +1,7 @@
 """The edge's side of escalation against a cloud that this file plays: silent, absent, hostile or gone."""
 
 import asyncio
+import random
 import time
 from types import SimpleNamespace
 
@@ -188,13 +189,11 @@ def test_what_is_too_large_to_send_says_nothing_about_the_cloud(broker):
     async def scenario():
         breaker = Breaker(BreakerLimits(min_count=1, open_ns=0))
         breaker.failed(breaker.permit(time.monotonic_ns()), time.monotonic_ns())
-        texts = tuple(bytes(range(33, 97)) * 900 for _ in range(3))
         async with Edge(broker, breaker) as uplink:
-            import random
-
             noise = random.Random(1)
             texts = tuple(
-                "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(20_000)).encode() for _ in texts
+                "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(20_000)).encode()
+                for _ in range(3)
             )
             large = InferRequest((Tensor("text", "BYTES", (3,), texts),))
             reason = await reason_of(uplink.ask("commands", large, deadline_ns=soon()))
@@ -224,6 +223,12 @@ def test_cancelling_while_the_window_is_full_gives_the_place_back(broker):
 
     async def scenario():
         async with Listener(broker, REQUESTS) as cloud, Edge(broker) as uplink:
+
+            async def serve():
+                while True:
+                    await cloud.connection.publish(answer(await cloud.heard.get()))
+
+            serving = asyncio.create_task(serve())
             crowd = [
                 asyncio.create_task(uplink.ask("commands", question(b"%d" % i), deadline_ns=soon()))
                 for i in range(20)
@@ -231,9 +236,7 @@ def test_cancelling_while_the_window_is_full_gives_the_place_back(broker):
             await asyncio.sleep(0)
             for asker in crowd[:10]:
                 asker.cancel()
-            for _ in crowd[10:]:
-                await cloud.connection.publish(answer(await cloud.heard.get()))
-            done = await asyncio.gather(*crowd[10:])
-            assert len(done) == 10
+            assert len(await asyncio.gather(*crowd[10:])) == 10
+            serving.cancel()
 
     run(scenario)

@@ -12,6 +12,23 @@ Array = NDArray[Any]
 #: What one row of a batch is to an engine: one array per model input or output, without the batch axis.
 Row = tuple[Array, ...]
 
+#: Datatype words of the Open Inference Protocol and what they are in memory: little-endian, as on the wire.
+#: BYTES has no array type, and BF16 none in numpy.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+
 
 class Origin(StrEnum):
     """Where an answer was computed (or kept)."""

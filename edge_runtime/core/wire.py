@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime.core.errors import InvalidRequest, TooLarge, Unsupported
-from edge_runtime.core.messages import InferReply, InferRequest, OutputRequest, Scalar, Tensor
+from edge_runtime.core.messages import DTYPES, InferReply, InferRequest, OutputRequest, Scalar, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,6 @@ class WireLimits:
 
 
 LIMITS = WireLimits()
-
-#: Datatype words of the protocol and their little-endian numpy types. BF16 has none.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    **{f"UINT{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
-    **{f"INT{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
-    **{f"FP{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
-}
 
 
 class _Tensor(msgspec.Struct):
@@ -141,6 +133,10 @@ def encode_reply(reply: InferReply) -> tuple[bytes, int | None]:
     if reply.id:
         tree["id"] = reply.id
     return _join(tree, tail)
+
+
+#: The `reason` of an error that repeating the request cannot mend.
+INVALID = "invalid"
 
 
 def encode_error(message: str, **fields: Scalar) -> bytes:

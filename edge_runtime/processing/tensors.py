@@ -7,23 +7,8 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.core.errors import InvalidRequest, Unsupported
-from edge_runtime.core.messages import Answer, Row, Signature, Tensor, TensorSpec
+from edge_runtime.core.messages import DTYPES, Answer, Row, Signature, Tensor, TensorSpec
 
-#: Open Inference Protocol words and what they are in memory: little-endian, as on the wire.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype("<u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("<i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-}
 _LENGTH = struct.Struct("<I")
 
 
