@@ -32,7 +32,7 @@ class ServerSettings(Settings, frozen=True):
 class BatchSettings(Settings, frozen=True):
     """Bounds of batches and of the queue of each model."""
 
-    max: Positive = 32
+    max: Positive = 8  # a small model gains nothing beyond, and each doubling costs it 3 MB of buffers
     queue: Positive = 1024  # requests that may wait; more are refused at once
     queue_bytes: Positive = 64 << 20
 
@@ -41,7 +41,7 @@ class CacheSettings(Settings, frozen=True):
     """The answer cache in memory."""
 
     enabled: bool = True
-    max_bytes: Positive = 8 << 20  # about 14,000 commands
+    max_bytes: Positive = 4 << 20  # about 7,000 commands
     ttl_s: Seconds = 3600.0
 
 

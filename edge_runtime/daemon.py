@@ -1,6 +1,7 @@
 """The daemon: build, run, drain. Signals are handled here and nowhere else."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
             allowed_hosts=config.server.allowed_hosts,
         )
         try:
+            _calm_collector()
             announce(f"ready: {', '.join(config.models)} on {' and '.join(server.addresses)}")
             await stop.wait()
             _log.info("event=draining")
@@ -37,6 +39,16 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
         finally:
             await server.close()
     _log.info("event=stopped")
+
+
+def _calm_collector() -> None:
+    """Spare the collector what lives for ever, and have it look at the rest rarely.
+
+    Each full pass over a filled cache stops the daemon for 20 to 30 ms; requests leave no cycles behind.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 100)
 
 
 def run(config: Config) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from edge_runtime.core.caching import Cache, KeyPrefix
 from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel
-from edge_runtime.core.escalation import LinkState, decide
+from edge_runtime.core.escalation import CloudUnavailable, LinkState, decide
 from edge_runtime.core.messages import (
     DEGRADED_REASONS,
     Answer,
@@ -25,7 +25,6 @@ from edge_runtime.core.messages import (
 from edge_runtime.lane import Lane, refusal
 from edge_runtime.processing import Processor
 from edge_runtime.replies import build_reply, read_answers, requested_outputs
-from edge_runtime.uplink import CloudUnavailable
 
 
 class Cloud(Protocol):

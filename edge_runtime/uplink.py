@@ -3,13 +3,12 @@
 import asyncio
 import secrets
 import time
-from enum import Enum
 from typing import Protocol
 
 from edge_runtime.core import wire
 from edge_runtime.core.breaker import Breaker, BreakerState
-from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind
-from edge_runtime.core.escalation import LinkState
+from edge_runtime.core.errors import InvalidRequest, RefusalKind
+from edge_runtime.core.escalation import CloudUnavailable, LinkState, Peer
 from edge_runtime.core.messages import InferReply, InferRequest, Reason
 from edge_runtime.core.mqtt_reasons import ReasonClass, classify, in_words
 from edge_runtime.core.roundtrip import RoundTrip
@@ -17,23 +16,6 @@ from edge_runtime.core.topics import device_state_topic, reply_topic, request_to
 from edge_runtime.envelope import Message, pack, unpack
 from edge_runtime.mqtt import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
 from edge_runtime.typed_toml import read_secret
-
-
-class Peer(Enum):
-    """What an outcome says about the cloud; the breaker counts nothing else."""
-
-    FAULTY = "faulty"  # silence or nonsense
-    ALIVE = "alive"  # it answered sensibly, if only with a refusal
-    UNKNOWN = "unknown"  # the link or we ourselves stood in the way
-
-
-class CloudUnavailable(CloudError):  # noqa: N818 - the fact it states
-    """The cloud gave no usable answer; `reason` is the word the caller sees."""
-
-    def __init__(self, reason: Reason, message: str, peer: Peer = Peer.UNKNOWN) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.peer = peer
 
 
 class CloudSettings(Protocol):

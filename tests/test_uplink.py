@@ -9,9 +9,10 @@ import pytest
 
 from edge_runtime.core import wire
 from edge_runtime.core.breaker import Breaker, BreakerLimits, BreakerState
+from edge_runtime.core.escalation import CloudUnavailable
 from edge_runtime.core.messages import InferReply, InferRequest, Reason, Tensor
 from edge_runtime.envelope import Message, pack, unpack
-from edge_runtime.uplink import CloudUnavailable, Uplink
+from edge_runtime.uplink import Uplink
 from tests.test_escalation import Listener, run, until
 
 REQUESTS = "$share/workers/er/v1/+/+/req/commands"

@@ -1,8 +1,27 @@
 """Keep the edge's answer or ask the cloud: one pure decision with the reason everybody reads."""
 
 from dataclasses import dataclass
+from enum import Enum
 
+from edge_runtime.core.errors import CloudError
 from edge_runtime.core.messages import Reason
+
+
+class Peer(Enum):
+    """What an outcome says about the cloud; the breaker counts nothing else."""
+
+    FAULTY = "faulty"  # silence or nonsense
+    ALIVE = "alive"  # it answered sensibly, if only with a refusal
+    UNKNOWN = "unknown"  # the link or we ourselves stood in the way
+
+
+class CloudUnavailable(CloudError):  # noqa: N818 - the fact it states
+    """The cloud gave no usable answer; `reason` is the word the caller sees."""
+
+    def __init__(self, reason: Reason, message: str, peer: Peer = Peer.UNKNOWN) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.peer = peer
 
 
 @dataclass(frozen=True, slots=True)
