@@ -1,6 +1,7 @@
 """The daemon: build, run, drain. Signals are handled here and nowhere else."""
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -49,6 +50,10 @@ def _calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 50, 100)
+    if hasattr(
+        libc := ctypes.CDLL(None), "malloc_trim"
+    ):  # glibc keeps what loading a model needed for a moment
+        libc.malloc_trim(0)
 
 
 def run(config: Config) -> None:

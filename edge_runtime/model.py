@@ -73,14 +73,15 @@ def load_model(name_or_path: str | os.PathLike[str], *, threads: int = 1) -> Mod
     from edge_runtime.engines.onnx import OnnxEngine  # noqa: PLC0415
 
     processor = build_processor(manifest, bundle.files)
+    probes = _probes(processor)
     engine = OnnxEngine(
         bundle.files[manifest.model],
         max_batch=manifest.batch.max,
         threads=threads,
         is_batch_invariant=manifest.batch.invariant,
+        are_rows_alike=_are_alike(processor, probes),
     )
     try:
-        probes = _probes(processor)
         (output,) = engine.run(probes[:1])
         _check_output(processor, output)
         if engine.max_batch > 1 and not rows_are_independent(engine, probes):
@@ -130,6 +131,12 @@ def rows_are_independent(engine: Engine, probes: list[Row]) -> bool:
             if not np.allclose(one, other, rtol=0.0, atol=limit, equal_nan=True):
                 return False
     return True
+
+
+def _are_alike(processor: Processor, probes: list[Row]) -> bool:
+    """Whether all rows have the same shapes, as far as the signature and the probes tell."""
+    has_open_length = any(length < 0 for spec in processor.signature.inputs for length in spec.shape[1:])
+    return not has_open_length and len({tuple(array.shape for array in row) for row in probes}) == 1
 
 
 def _check_output(processor: Processor, output: Row) -> None:
