@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check format bench models perf clean broker
+.PHONY: help demo test soak check format bench models perf clean broker
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ check: $(READY) ## lint, formatting, strict types
 
 test: $(READY) broker check ## everything that must hold
 	@$(BIN)/python -m pytest
+
+soak: $(READY) ## property tests of the core, fifty times as long as in test
+	@EDGE_RUNTIME_TESTS=soak $(BIN)/python -m pytest tests/core
 
 format: $(READY) ## put the code into shape
 	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format --quiet .

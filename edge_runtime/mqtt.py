@@ -198,6 +198,7 @@ class Connection:
 
     async def _stay_connected(self) -> None:
         attempt = short_lives = 0
+        said = ""
         while True:
             connects = self.connects
             self._lost.clear()
@@ -209,6 +210,8 @@ class Connection:
                 self.last_error = f"connecting failed: {error}"
             else:
                 await self._watch()
+                if self.connects > connects:
+                    said = ""
                 if time.monotonic() - began > _STABLE_S:
                     attempt = short_lives = 0
                 elif self.connects > connects:
@@ -219,8 +222,9 @@ class Connection:
             self._drop(self.last_error)
             if not self._is_mended_by_waiting:
                 attempt = max(attempt, _PATIENT_ATTEMPT)
-            if self.last_error:
-                _log.warning("event=broker_unavailable attempt=%d why=%r", attempt + 1, self.last_error)
+            if self.last_error != said:  # once per cause: a device may be without a network for weeks
+                said = self.last_error
+                _log.warning("event=broker_unavailable why=%r", said)
             await asyncio.sleep(self._backoff.delay_s(attempt, self._draw))
             attempt += 1
 

@@ -1,11 +1,16 @@
 """The commands as a user types them, in processes of their own."""
 
+import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from edge_runtime.client import _UnixConnection
 
 
 def cli(*args, **kwargs):
@@ -93,3 +98,79 @@ def test_mistakes_end_in_one_sentence(arguments, code, words):
     assert done.returncode == code
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def infer_body(text):
+    return json.dumps({"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}]})
+
+
+def test_sigterm_under_load_answers_what_it_took_and_exits_0(config, tmp_path, daemon):
+    """Every answer that began arrives whole; what was not taken is refused or finds the door closed."""
+    answered, cut = [], []
+    begun = threading.Barrier(9)
+
+    def caller(number):
+        begun.wait()
+        for i in range(10_000):
+            connection = _UnixConnection(tmp_path / "e.sock", 20.0)
+            try:
+                connection.request("POST", "/v2/models/commands/infer", infer_body(f"{number} {i}"))
+                reply = connection.getresponse()
+                tree = json.loads(reply.read())
+                (answered if reply.status == 200 else cut).append(tree)
+            except http.client.IncompleteRead as half:  # an answer that broke off
+                cut.append(half)
+                return
+            except (OSError, http.client.HTTPException):
+                return  # the door is closed
+            finally:
+                connection.close()
+
+    callers = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
+    for thread in callers:
+        thread.start()
+    begun.wait()
+    while len(answered) < 50:
+        assert any(thread.is_alive() for thread in callers)
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(20) == 0
+    for thread in callers:
+        thread.join(20)
+    assert all("outputs" in tree for tree in answered)
+    assert all(isinstance(tree, dict) and "error" in tree for tree in cut)
+
+
+def test_a_second_sigterm_ends_at_once(config, tmp_path, daemon):
+    """A peer that never finishes its request holds the drain; the second signal does not wait for it."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(tmp_path / "e.sock"))
+        peer.sendall(b"POST /v2/models/commands/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        daemon.send_signal(signal.SIGTERM)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(20) in (0, 1)
+
+
+def test_an_unreachable_broker_shows_in_status_and_answers_go_on(tmp_path):
+    path = tmp_path / "edge.toml"
+    path.write_text(
+        f'[server]\nsocket = "{tmp_path}/e.sock"\ntcp = "off"\n[cloud]\nbroker = "mqtt://127.0.0.1:1"\n'
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from edge_runtime.cli import main; main()", "serve", "--config", str(path)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert any(line.startswith("ready:") for line in process.stderr)
+        answer = json.loads(
+            cli("ask", "could you sort out that plastic", "--json", "--config", str(path)).stdout
+        )
+        assert (answer["origin"], answer["reason"], answer["degraded"]) == ("local", "link_down", True)
+        cloud = json.loads(cli("status", "--json", "--config", str(path)).stdout)["cloud"]
+        assert cloud["connected"] is False
+        assert "refused" in cloud["why_not"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

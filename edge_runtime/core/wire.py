@@ -352,6 +352,8 @@ def _tensor_tree(tensor: Tensor, tail: list[bytes] | None) -> dict[str, Any]:
     elif isinstance(tensor.data, tuple):
         tree["data"] = [_text(value) for value in tensor.data]
     else:
+        if tensor.datatype == "FP16":
+            raise Unsupported(f"Tensor {tensor.name} is FP16, which travels in binary only; ask for it so.")
         flat = tensor.data.reshape(-1)
         if flat.dtype.kind == "f" and not np.isfinite(flat).all():
             raise InvalidRequest(

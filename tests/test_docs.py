@@ -1,0 +1,63 @@
+"""What the documents say can be done, is done here; what they link to exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.cli import main as edge
+from edge_runtime.config import load_config
+
+TOP = Path(__file__).parent.parent
+PAGES = sorted([*TOP.glob("*.md"), *TOP.glob("docs/*.md"), *TOP.glob("models/*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language):
+    return [
+        (page.name, text)
+        for page in PAGES
+        for kind, text in BLOCK.findall(page.read_text())
+        if kind == language
+    ]
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("toml"))
+def test_configurations_load(tmp_path, page, text):
+    path = tmp_path / "edge.toml"
+    path.write_text(text)
+    load_config(path)
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_programs_run(page, text):
+    body = "\n".join(f"    {line}" for line in text.splitlines())
+    program = f"import asyncio\nasync def main():\n{body}\nasyncio.run(main())\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z]+):", (TOP / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = set(re.findall(r"`make ([a-z]+)", page.read_text())) | set(
+            re.findall(r"^make ([a-z]+) +#", page.read_text(), re.MULTILINE)
+        )
+        assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_commands_that_are_named_exist():
+    for page in PAGES:
+        for words in re.findall(r"edge-runtime (models )?([a-z]+)\b", page.read_text()):
+            group = edge.commands["models"] if words[0] else edge
+            assert words[1] in group.commands or words[1] in ("bundle", "is"), f"{page.name}: {words}"
