@@ -42,9 +42,9 @@ bench: $(READY) ## requests per second of the daemon under wrk, each text differ
 perf: $(READY) ## NVIDIA's perf_analyzer against the daemon
 	@./tools/perf_analyzer.sh
 
-models: $(READY) ## remake the shipped bundles (half an hour; needs ../shared/data or DATA=...)
+models: $(READY) ## remake the shipped bundles (half an hour): make models DATA=data_full.json
 	@$(BIN)/python -m pip install --quiet --editable '.[train]'
-	@./tools/make_models.sh
+	@DATA="$(DATA)" ./tools/make_models.sh
 
 clean: ## remove what the other targets made
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

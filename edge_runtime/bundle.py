@@ -6,7 +6,6 @@ were verified, so a file swapped afterwards changes nothing. This module knows n
 """
 
 import hashlib
-import importlib.resources
 import os
 import re
 import shutil
@@ -207,7 +206,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _packaged_folder() -> Path:
-    return Path(str(importlib.resources.files("edge_runtime"))) / "bundled"
+    return Path(__file__).parent / "bundled"
 
 
 def _read(folder: int, name: str, limit: int, where: str, may_be_linked: bool) -> bytes:

@@ -41,7 +41,7 @@ class CacheSettings(Settings, frozen=True):
     """The answer cache in memory."""
 
     enabled: bool = True
-    max_bytes: Positive = 3 << 20  # about 5,000 commands
+    max_bytes: Positive = 2 << 20  # about 3,500 commands
     ttl_s: Seconds = 3600.0
 
 

@@ -255,3 +255,37 @@ def test_a_person_with_mosquitto_pub_and_sub_gets_an_answer(broker):
             assert msgspec.json.decode(out)["outputs"][0]["name"] == "intent"
 
     run(scenario)
+
+
+def test_a_person_asks_with_mosquitto_pub_and_reads_with_mosquitto_sub(broker):
+    async def scenario():
+        async with Cloud(broker) as cloud:
+            port = ("-V", "5", "-p", str(broker.port))
+            listening = await asyncio.create_subprocess_exec(
+                *(
+                    "stdbuf",
+                    "-oL",
+                    "mosquitto_sub",
+                    *port,
+                    "-t",
+                    "er/v1/home/me/rsp",
+                    "-C",
+                    "1",
+                    "-W",
+                    "20",
+                    "-d",
+                ),
+                stdout=asyncio.subprocess.PIPE,
+            )
+            seen = b""
+            while b"SUBACK" not in seen:
+                seen += await listening.stdout.readline()
+            sending = await asyncio.create_subprocess_exec(
+                *("mosquitto_pub", *port, "-q", "1", "-t", TOPIC, "-m", BODY.decode())
+            )
+            assert await sending.wait() == 0
+            out, _ = await listening.communicate()
+            assert cloud.label in out
+            assert b'"origin":"cloud"' in out
+
+    run(scenario)
