@@ -66,7 +66,7 @@ def apply_knots(scores: NDArray[np.float64], knots: tuple[tuple[float, float], .
 def expected_calibration_error(chances: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     """Mean distance of claimed and true accuracy over 15 bins of equal mass."""
     parts = np.array_split(np.argsort(chances, kind="stable"), BINS)
-    return float(sum(len(p) * abs(chances[p].mean() - right[p].mean()) for p in parts) / len(right))
+    return float(sum(len(p) * abs(chances[p].mean() - right[p].mean()) for p in parts if len(p)) / len(right))
 
 
 def calibrate(

@@ -1,6 +1,7 @@
 """CLINC150 as it is published (Larson et al. 2019): texts and intent names, split by split."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +43,18 @@ def read_clinc(path: Path) -> Clinc:
         return Split(tuple(text for text, _ in rows), np.array([index[label] for _, label in rows]))
 
     return Clinc(names, split("train", "oos_train"), split("val", "oos_val"))
+
+
+def main() -> None:
+    """Write train and validation rows as JSONL, for the tools that read any labelled texts."""
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    data = read_clinc(source)
+    with target.open("w", encoding="utf-8") as file:
+        for name, part in (("train", data.train), ("val", data.val)):
+            for text, label in zip(part.texts, part.labels, strict=True):
+                row = {"text": text, "label": data.names[label], "split": name}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
