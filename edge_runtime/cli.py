@@ -15,6 +15,7 @@ import click
 
 from edge_runtime import __version__
 from edge_runtime.core.errors import ConfigError, EdgeRuntimeError, Refused
+from edge_runtime.intent import describe, intent_of
 
 P = ParamSpec("P")
 
@@ -119,37 +120,12 @@ def ask(text: str, model: str, private: bool, no_cache: bool, config_path: Path 
         parameters["cache"] = False
     raw = text.encode("utf-8", "surrogateescape")
     request = InferRequest((Tensor("text", "BYTES", (1,), (raw,)),), parameters=parameters)
-    answer = _answer(_infer(model, request, config_path))
+    answer = intent_of(_infer(model, request, config_path))
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False))
     else:
         click.echo(describe(answer))
     return 3 if answer["degraded"] else 0
-
-
-def _answer(reply: Any) -> dict[str, Any]:
-    columns = {tensor.name: tensor.data for tensor in reply.outputs}
-    if "intent" not in columns or "confidence" not in columns:
-        raise EdgeRuntimeError(
-            f"Model {reply.model_name} does not answer text with an intent; use `infer` for it."
-        )
-    return {
-        "intent": columns["intent"][0].decode("utf-8"),
-        "confidence": round(float(columns["confidence"][0]), 4),
-        **reply.parameters,
-        "ms": round(float(reply.parameters["total_us"]) / 1000, 2),
-        "model": reply.model_name,
-        "version": reply.model_version,
-    }
-
-
-def describe(answer: dict[str, Any]) -> str:
-    """One line a person likes to read."""
-    note = ", degraded" if answer["degraded"] else ""
-    return (
-        f"{answer['intent']}  {answer['confidence']:.0%} sure  "
-        f"{answer['origin']} ({answer['reason']}{note})  {answer['ms']:.1f} ms"
-    )
 
 
 @main.command()

@@ -66,10 +66,10 @@ class Lane:
         engine: Engine,
         limits: QueueLimits | None = None,
         *,
-        is_inline: bool | None = None,
+        is_inline: bool = False,
         hang_limit_s: float = 30.0,
     ) -> None:
-        """Take ownership of `engine`. `is_inline=None` measures which is quicker, loop or thread."""
+        """Take ownership of `engine`. `is_inline` runs batches on the event loop: right for engines below INLINE_LIMIT_NS."""
         limits = limits or QueueLimits()
         self.statistics = ModelStatistics()
         self._name = name
@@ -88,8 +88,6 @@ class Lane:
         self._hang_limit_s = hang_limit_s
         self._thread: ThreadPoolExecutor | None = None
         self._is_closed = False
-        if is_inline is None:
-            is_inline = False
         if not is_inline:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{name}")
 

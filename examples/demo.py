@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_runtime.cli import _answer, describe
 from edge_runtime.client import Client
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.messages import InferRequest, Tensor
+from edge_runtime.intent import describe, intent_of
 
 COMMANDS = (
     "turn the lights off",
@@ -94,7 +94,7 @@ def wait_for(
 
 def ask(client: Client, text: str) -> dict[str, object]:
     request = InferRequest((Tensor("text", "BYTES", (1,), (text.encode(),)),))
-    answer: dict[str, object] = _answer(client.infer("commands", request))
+    answer: dict[str, object] = intent_of(client.infer("commands", request))
     return answer
 
 
