@@ -27,6 +27,8 @@ class CloudConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     max_in_flight: Positive = 64  # requests the broker may hand over before the first is acknowledged
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0  # for requests without a deadline
     drain_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
+    trusted_keys: tuple[str, ...] = ()  # files with public keys; empty: the project's development key alone
+    allow_unsigned: bool = False  # also load bundles that nobody signed: for experiments
     username: str = ""
     password_file: str = ""
     ca_file: str = ""

@@ -203,7 +203,7 @@ def status(config_path: Path | None, as_json: bool) -> None:
 
 @main.group(cls=_Suggesting)
 def models() -> None:
-    """List, show and verify model bundles."""
+    """List, show, verify and sign model bundles."""
 
 
 @models.command("list")
@@ -264,20 +264,93 @@ def models_show(bundle: str, as_json: bool) -> None:
 
 @models.command("verify")
 @click.argument("bundle")
+@_config_option
 @_json_option
 @_guarded
-def models_verify(bundle: str, as_json: bool) -> None:
-    """Check every digest of a bundle. BUNDLE is a name or a path; exit code 1 if it must not be used."""
-    from edge_runtime.bundle import find_bundle, load_bundle
+def models_verify(bundle: str, config_path: Path | None, as_json: bool) -> None:
+    """Check signature and every digest of a bundle. BUNDLE is a name or a path; exit code 1 if it must not be used.
 
-    loaded = load_bundle(find_bundle(bundle))
+    \b
+    Examples:
+      edge-runtime models verify commands
+      edge-runtime models verify ./my-bundle --config edge.toml     # with the keys that edge.toml trusts
+    """
+    from edge_runtime.bundle import find_bundle, load_bundle
+    from edge_runtime.config import load_config
+    from edge_runtime.model_trust import read_trust
+
+    trusted = load_config(config_path).trust
+    trust = read_trust(trusted.keys, allow_unsigned=trusted.unsigned)
+    loaded = load_bundle(find_bundle(bundle), trust)
+    manifest = loaded.manifest
     result = {
-        "name": loaded.manifest.name,
-        "version": loaded.manifest.version,
+        "name": manifest.name,
+        "version": manifest.version,
         "digest": loaded.digest,
+        "signed_by": loaded.signed_by,
         "ok": True,
     }
-    line = f"ok: {result['name']} {result['version']} sha256:{loaded.digest}"
+    signer = f"signed by {loaded.signed_by}" if loaded.signed_by else "not signed"
+    line = f"ok: {manifest.name} {manifest.version} sha256:{loaded.digest}, {signer}"
+    click.echo(json.dumps(result) if as_json else line)
+
+
+@models.command("keygen")
+@click.argument("path", type=click.Path(path_type=Path))
+@_json_option
+@_guarded
+def models_keygen(path: Path, as_json: bool) -> None:
+    """Make a key pair: PATH signs bundles and stays with you, PATH.pub is for [trust] keys of your devices.
+
+    \b
+    Examples:
+      edge-runtime models keygen my-key
+    """
+    import os
+
+    from edge_runtime.signing import generate, key_id
+
+    private, public = generate()
+    public_path = path.with_name(path.name + ".pub")
+    try:
+        # O_EXCL: a key that is overwritten is lost, and with it every device that trusts it alone.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - a descriptor
+            file.write(private)
+        with public_path.open("xb") as file:
+            file.write(public)
+    except OSError as error:
+        raise EdgeRuntimeError(
+            f"{error.filename} cannot be written ({error.strerror}); choose another name."
+        ) from None
+    result = {"private": str(path), "public": str(public_path), "key": key_id(public)}
+    click.echo(
+        json.dumps(result) if as_json else f"key {result['key']}: {path} (keep it secret) and {public_path}"
+    )
+
+
+@models.command("sign")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="Private key that keygen wrote.")
+@_json_option
+@_guarded
+def models_sign(bundle: Path, key: Path, as_json: bool) -> None:
+    """Sign the bundle in folder BUNDLE, in place of earlier signatures.
+
+    \b
+    Examples:
+      edge-runtime models sign ./my-bundle --key my-key
+    """
+    from edge_runtime.bundle import sign_bundle
+
+    try:
+        private = key.read_bytes()
+    except OSError as error:
+        raise EdgeRuntimeError(
+            f"{key} cannot be read ({error.strerror}); give the file keygen wrote."
+        ) from None
+    loaded = sign_bundle(bundle, private)
+    result = {"name": loaded.manifest.name, "version": loaded.manifest.version, "digest": loaded.digest}
+    line = f"signed: {result['name']} {result['version']} sha256:{loaded.digest}"
     click.echo(json.dumps(result) if as_json else line)
 
 

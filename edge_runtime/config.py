@@ -58,6 +58,13 @@ class EscalationSettings(Settings, frozen=True):
     accept: Probability | None = None  # confidence from which it is; unset: the bundle's own threshold
 
 
+class TrustSettings(Settings, frozen=True):
+    """Whose model bundles are loaded."""
+
+    keys: tuple[str, ...] = ()  # files with public keys; empty: the project's development key alone
+    unsigned: bool = False  # also load bundles that nobody signed: for experiments
+
+
 class CloudSettings(Settings, frozen=True):
     """The way to the cloud tier; without this section nothing ever leaves the device."""
 
@@ -82,6 +89,7 @@ class Config(Settings, frozen=True):
     cache: CacheSettings = CacheSettings()
     requests: RequestSettings = RequestSettings()
     escalation: EscalationSettings = EscalationSettings()
+    trust: TrustSettings = TrustSettings()
     cloud: CloudSettings | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.bundle import Manifest, find_bundle, load_bundle
+from edge_runtime.bundle import Manifest, Trust, find_bundle, load_bundle
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import DTYPES, ModelInfo, Row, Tensor
 from edge_runtime.engines import Engine
@@ -58,12 +58,15 @@ class Model:
         )
 
 
-def load_model(name_or_path: str | os.PathLike[str], *, threads: int = 1) -> Model:
+def load_model(
+    name_or_path: str | os.PathLike[str], *, threads: int = 1, trust: Trust | None = None
+) -> Model:
     """Find, verify and load a bundle, and test whether its rows depend on their neighbours.
 
-    `threads` is what the engine uses inside one operator. Raises BundleError.
+    `threads` is what the engine uses inside one operator; `trust` says whose signature is asked for.
+    Raises BundleError.
     """
-    bundle = load_bundle(find_bundle(name_or_path))
+    bundle = load_bundle(find_bundle(name_or_path), trust)
     manifest = bundle.manifest
     if manifest.engine != "onnx":
         raise BundleError(

@@ -12,6 +12,7 @@ OWNERS = {
     "onnxruntime": "edge_runtime.engines.onnx",
     "zstandard": "edge_runtime.compression",
     "httptools": "edge_runtime.server.connection",
+    "cryptography": "edge_runtime.signing",
     "rich": "edge_runtime.tables",
     "tokenizers": "edge_runtime.processing.wordpiece",
     "prometheus_client": "edge_runtime.metrics",

@@ -6,3 +6,4 @@ mkdir -p build
 .venv/bin/python -m tools.train_cloud --data "$data" --checkpoint build/cloud.pt --out models/commands-cloud
 .venv/bin/python -m tools.train_edge --data "$data" --teacher models/commands-cloud \
   --teacher-cache build/teacher.npy --out models/commands
+.venv/bin/python -m tools.sign_models
