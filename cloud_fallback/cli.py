@@ -84,7 +84,7 @@ async def run(config: CloudConfig) -> None:
     from edge_runtime.core.batching import QueueLimits
     from edge_runtime.lane import Lane
     from edge_runtime.model import load_model
-    from edge_runtime.model_trust import read_trust
+    from edge_runtime.model_trust import VersionRecord, read_trust, record_path
     from edge_runtime.typed_toml import read_secret
 
     stop = asyncio.Event()
@@ -99,9 +99,11 @@ async def run(config: CloudConfig) -> None:
     limits = QueueLimits(config.max_batch, config.queue)
     async with AsyncExitStack() as stack:
         models: dict[str, Loaded] = {}
+        record = VersionRecord(record_path(config.record, "cloud-fallback"))
         trust = read_trust(config.trusted_keys, allow_unsigned=config.allow_unsigned)
         for name in config.models:
             model = load_model(name, threads=config.threads, trust=trust)
+            record.admit(model.name, model.version, model.digest, model.signed_by)
             lane = Lane(model.name, model.processor, model.engine, limits, is_inline=False)
             stack.push_async_callback(lane.close)
             models[model.name] = Loaded(model, lane)

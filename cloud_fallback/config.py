@@ -29,6 +29,7 @@ class CloudConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     drain_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
     trusted_keys: tuple[str, ...] = ()  # files with public keys; empty: the project's development key alone
     allow_unsigned: bool = False  # also load bundles that nobody signed: for experiments
+    record: str = "auto"  # file of the versions that ran: a path, "auto" (state directory), or "off"
     username: str = ""
     password_file: str = ""
     ca_file: str = ""

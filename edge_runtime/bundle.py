@@ -305,7 +305,9 @@ def _check(manifest: Manifest, where: str) -> None:
             raise BundleError(f"{where}: {MANIFEST}: {what}; make the bundle again")
 
     require(is_id(manifest.name), "the name is not an id")
-    require(is_id(manifest.version), "the version is not an id")
+    digits = manifest.version
+    is_number = digits.isascii() and digits.isdecimal() and len(digits) <= 18 and str(int(digits)) == digits
+    require(is_number, "the version is not a whole number")
     require(0 < len(manifest.files) <= MAX_FILES, f"there are not 1 to {MAX_FILES} files")
     names = [entry.name for entry in manifest.files]
     require(len(set(names)) == len(names), "a file is listed twice")

@@ -63,6 +63,7 @@ class TrustSettings(Settings, frozen=True):
 
     keys: tuple[str, ...] = ()  # files with public keys; empty: the project's development key alone
     unsigned: bool = False  # also load bundles that nobody signed: for experiments
+    record: str = "auto"  # file of the versions that ran: a path, "auto" (state directory), or "off"
 
 
 class CloudSettings(Settings, frozen=True):

@@ -42,6 +42,7 @@ class Model:
     accept_threshold: float | None
     manifest: Manifest
     stored_bytes: int
+    signed_by: str | None
 
     @property
     def info(self) -> ModelInfo:
@@ -105,6 +106,7 @@ def load_model(
         accept_threshold=None if calibration is None else calibration.accept_threshold,
         manifest=manifest,
         stored_bytes=bundle.stored_bytes,
+        signed_by=bundle.signed_by,
     )
 
 

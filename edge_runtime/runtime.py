@@ -16,7 +16,7 @@ from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo
 from edge_runtime.lane import INLINE_LIMIT_NS, Lane
 from edge_runtime.model import Model, labels_of, load_model, sample_row
-from edge_runtime.model_trust import read_trust
+from edge_runtime.model_trust import VersionRecord, read_trust, record_path
 from edge_runtime.service import Outcome, ServedModel, Service
 
 if TYPE_CHECKING:
@@ -45,10 +45,13 @@ class Runtime:
             config = load_config(config)
         async with AsyncExitStack() as stack:
             models: dict[str, ServedModel] = {}
+            record = VersionRecord(record_path(config.trust.record, "edge-runtime"))
             trust = read_trust(config.trust.keys, allow_unsigned=config.trust.unsigned)
             for name in config.models:
-                served = _serve(load_model(name, threads=config.threads, trust=trust), config)
+                model = load_model(name, threads=config.threads, trust=trust)
+                served = _serve(model, config)
                 stack.push_async_callback(served.lane.close)
+                record.admit(model.name, model.version, model.digest, model.signed_by)
                 if served.info.name in models:
                     raise ConfigError(f"models: {served.info.name} is listed twice; remove one of them.")
                 models[served.info.name] = served

@@ -1,10 +1,13 @@
 """Signatures: who is trusted, what is refused before anything is parsed, and what a user does with keys."""
 
+import asyncio
+import base64
 import json
 import stat
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -21,6 +24,7 @@ from edge_runtime.bundle import (
 from edge_runtime.cli import main
 from edge_runtime.config import Config, ServerSettings, TrustSettings
 from edge_runtime.core.errors import BundleError, ConfigError
+from edge_runtime.model_trust import VersionRecord
 from edge_runtime.runtime import Runtime
 from tests.test_bundle import FIELDS, PAYLOADS
 
@@ -106,8 +110,6 @@ def test_unsigned_bundles_load_only_where_that_is_said(folder):
 def test_keys_that_vouch_for_anything_are_no_keys(folder, quick, text, sign_bit):
     raw = text[:31] + bytes([text[31] | sign_bit])
     prefix = bytes.fromhex("302a300506032b6570032100")  # SubjectPublicKeyInfo of Ed25519 (RFC 8410)
-    import base64
-
     pem = b"-----BEGIN PUBLIC KEY-----\n" + base64.b64encode(prefix + raw) + b"\n-----END PUBLIC KEY-----\n"
     with pytest.raises(BundleError, match=r"small order|no Ed25519"):
         load_bundle(folder, Trust((pem,)))
@@ -126,8 +128,6 @@ def test_a_device_that_trusts_only_its_own_keys_refuses_the_projects(tmp_path):
     async def opened(keys):
         async with Runtime.open(Config(server=quiet, trust=TrustSettings(keys=keys))):
             pass
-
-    import asyncio
 
     with pytest.raises(BundleError, match="not trusted here"):
         asyncio.run(opened((str(tmp_path / "own.pub"),)))
@@ -164,3 +164,57 @@ def test_keygen_sign_and_verify_as_a_user_does_them(folder, tmp_path):
     verified = run("models", "verify", folder, "--config", config, "--json")
     assert json.loads(verified.output)["signed_by"] == json.loads(made.output)["key"]
     assert run("models", "sign", folder, "--key", tmp_path / "mine.pub").exit_code == 1
+
+
+def signed(folder, version, private=PRIVATE, **changes):
+    shipped = load_bundle(bundle.find_bundle("commands"))
+    fields = msgspec.to_builtins(shipped.manifest) | {"version": version} | changes
+    for computed in ("format", "files"):
+        del fields[computed]
+    write_bundle(folder, fields, shipped.files)
+    sign_bundle(folder, private)
+
+
+def test_an_older_version_is_refused_after_a_newer_one_has_run(tmp_path):
+    (tmp_path / "own.pub").write_bytes(PUBLIC)
+    (tmp_path / "other.pub").write_bytes(OTHER_PUBLIC)
+    record = tmp_path / "state" / "versions.json"
+    keys = (str(tmp_path / "own.pub"), str(tmp_path / "other.pub"))
+    config = Config(
+        models=(str(tmp_path / "m"),),
+        server=ServerSettings(tcp="off", socket="off"),
+        trust=TrustSettings(keys=keys, record=str(record)),
+    )
+
+    def start():
+        async def opened():
+            async with Runtime.open(config):
+                pass
+
+        asyncio.run(opened())
+
+    for version in ("5", "5", "7"):
+        signed(tmp_path / "m", version)
+        start()
+    before = record.read_bytes()
+    signed(tmp_path / "m", "6")
+    with pytest.raises(BundleError, match="version 7 has run"):
+        start()
+    signed(tmp_path / "m", "7", licence="changed")
+    with pytest.raises(BundleError, match="another version 7"):
+        start()
+    assert record.read_bytes() == before
+    signed(tmp_path / "m", "2", OTHER_PRIVATE)  # a new key begins anew
+    start()
+    record.write_bytes(b"{")  # a lost record is said aloud, and begun anew
+    start()
+    assert json.loads(record.read_bytes())["commands"]["version"] == 2
+
+
+def test_a_state_folder_that_cannot_be_written_stops_nobody(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    record = VersionRecord(tmp_path / "file" / "versions.json")
+    record.admit("m", "1", "d", "k")
+    assert "version_record_not_kept" in caplog.text
+    with pytest.raises(BundleError):
+        record.admit("m", "0", "d", "k")

@@ -1,0 +1,36 @@
+"""The ratchet of versions."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.core.errors import BundleError
+from edge_runtime.core.rollback import Seen, admit
+
+
+def test_forward_and_again_but_never_back():
+    seen = admit({}, "m", Seen("k", 4, "a"))
+    seen = admit(seen, "m", Seen("k", 4, "a"))
+    seen = admit(seen, "m", Seen("k", 5, "b"))
+    with pytest.raises(BundleError, match="version 5 has run"):
+        admit(seen, "m", Seen("k", 4, "a"))
+    with pytest.raises(BundleError, match="another version 5"):
+        admit(seen, "m", Seen("k", 5, "c"))
+    assert admit(seen, "other", Seen("k", 1, "z"))["m"] == Seen("k", 5, "b")
+
+
+def test_a_new_key_begins_anew():
+    seen = admit({}, "m", Seen("leaked", 10**17, "a"))
+    assert admit(seen, "m", Seen("new", 6, "b"))["m"].version == 6
+
+
+@given(st.lists(st.tuples(st.sampled_from("mn"), st.integers(0, 5), st.sampled_from("ab")), max_size=12))
+def test_what_ran_under_one_key_never_falls_and_has_one_content_each(steps):
+    seen, ran = {}, {}
+    for name, version, digest in steps:
+        try:
+            seen = admit(seen, name, Seen("k", version, digest))
+        except BundleError:
+            continue
+        assert version >= max([v for n, v in ran if n == name], default=0)
+        assert ran.setdefault((name, version), digest) == digest
