@@ -218,6 +218,29 @@ def write_bundle(
     return load_bundle(path)
 
 
+def pack_folder(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Bundle:
+    """Make a bundle of a folder that holds `manifest.json` and the plain payloads beside it.
+
+    `format` and `files` of the manifest are computed. Raises BundleError.
+    """
+    source = Path(source)
+    where = f"folder {source.name!r}"
+    try:
+        names = sorted(entry.name for entry in os.scandir(source) if entry.is_file(follow_symlinks=False))
+        fields = msgspec.json.decode((source / MANIFEST).read_bytes(), type=dict[str, Any])
+        files = {name: (source / name).read_bytes() for name in names if name != MANIFEST}
+    except OSError as error:
+        raise BundleError(
+            f"{where} cannot be read ({error.strerror}); it must hold {MANIFEST} and the payloads"
+        ) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{where}: {MANIFEST} cannot be read ({error}); mend it") from None
+    if Path(out).exists() and not (Path(out) / MANIFEST).is_file():
+        raise BundleError(f"{Path(out).name!r} exists and is no bundle; choose another place")
+    computed = {"format", "files"}
+    return write_bundle(out, {key: fields[key] for key in fields if key not in computed}, files)
+
+
 def sign_bundle(path: str | os.PathLike[str], private_pem: bytes) -> Bundle:
     """Sign a bundle whose digests hold, replacing earlier signatures. Raises BundleError."""
     from edge_runtime.signing import sign  # noqa: PLC0415 - see there what it costs

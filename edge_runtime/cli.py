@@ -328,6 +328,46 @@ def models_keygen(path: Path, as_json: bool) -> None:
     )
 
 
+@models.command("pack")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), help="Private key to sign with, as keygen wrote it.")
+@_json_option
+@_guarded
+def models_pack(source: Path, out: Path, key: Path | None, as_json: bool) -> None:
+    """Make the bundle OUT from folder SOURCE: manifest.json (without files and format) and plain payloads.
+
+    \b
+    Examples:
+      edge-runtime models pack ./my-model ./my-bundle --key my-key
+    """
+    from edge_runtime.bundle import pack_folder, sign_bundle
+
+    bundle = pack_folder(source, out)
+    if key is not None:
+        bundle = sign_bundle(out, _private_key(key))
+    manifest = bundle.manifest
+    result = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": bundle.digest,
+        "bytes": bundle.stored_bytes,
+        "signed": key is not None,
+    }
+    state = "signed" if key is not None else "not signed"
+    line = f"packed: {manifest.name} {manifest.version}, {bundle.stored_bytes:,} bytes, {state}"
+    click.echo(json.dumps(result) if as_json else line)
+
+
+def _private_key(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EdgeRuntimeError(
+            f"{path} cannot be read ({error.strerror}); give the file keygen wrote."
+        ) from None
+
+
 @models.command("sign")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--key", required=True, type=click.Path(path_type=Path), help="Private key that keygen wrote.")
@@ -342,13 +382,7 @@ def models_sign(bundle: Path, key: Path, as_json: bool) -> None:
     """
     from edge_runtime.bundle import sign_bundle
 
-    try:
-        private = key.read_bytes()
-    except OSError as error:
-        raise EdgeRuntimeError(
-            f"{key} cannot be read ({error.strerror}); give the file keygen wrote."
-        ) from None
-    loaded = sign_bundle(bundle, private)
+    loaded = sign_bundle(bundle, _private_key(key))
     result = {"name": loaded.manifest.name, "version": loaded.manifest.version, "digest": loaded.digest}
     line = f"signed: {result['name']} {result['version']} sha256:{loaded.digest}"
     click.echo(json.dumps(result) if as_json else line)

@@ -218,3 +218,29 @@ def test_a_state_folder_that_cannot_be_written_stops_nobody(tmp_path, caplog):
     assert "version_record_not_kept" in caplog.text
     with pytest.raises(BundleError):
         record.admit("m", "0", "d", "k")
+
+
+def test_a_folder_becomes_a_signed_bundle(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (tmp_path / "key").write_bytes(PRIVATE)
+
+    def pack(*more):
+        words = ["models", "pack", str(source), str(out), *more]
+        return CliRunner().invoke(main, words)
+
+    assert "cannot be read" in pack().output
+    (source / MANIFEST).write_text("{")
+    assert pack().exit_code == 1
+    (source / MANIFEST).write_text(json.dumps(FIELDS))
+    assert pack().exit_code == 1  # the model that the manifest names is missing
+    for name, content in PAYLOADS.items():
+        (source / name).write_bytes(content)
+    assert pack("--key", str(tmp_path / "key")).exit_code == 0
+    assert load_bundle(out, TRUST).files == PAYLOADS
+    assert "not signed" in pack().output  # packed again: what was signed is gone
+    with pytest.raises(BundleError, match="not signed"):
+        load_bundle(out, TRUST)
+    (tmp_path / "precious").mkdir()
+    words = ["models", "pack", str(source), str(tmp_path / "precious")]
+    assert "exists and is no bundle" in CliRunner().invoke(main, words).output
