@@ -111,7 +111,7 @@ async def run(config: CloudConfig) -> None:
         worker.connection.start()
         stack.push_async_callback(worker.drain)
         while not stop.is_set() and not await worker.connection.wait_connected(1.0):
-            logging.getLogger(__name__).warning("event=no_broker why=%r", worker.connection.last_error)
+            pass  # the connection itself says why, once per cause
         if worker.connection.is_connected:
             click.echo(f"ready: {', '.join(models)} at {config.broker}", err=True)
         await stop.wait()

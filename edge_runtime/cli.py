@@ -113,6 +113,8 @@ def ask(text: str, model: str, private: bool, no_cache: bool, config_path: Path 
     """
     from edge_runtime.core.messages import InferRequest, Tensor
 
+    if not text.strip():
+        raise click.UsageError("There is nothing to ask; give the command in quotes.")
     parameters: dict[str, Any] = {}
     if private:
         parameters["private"] = True

@@ -91,6 +91,7 @@ def test_infer_models_and_config_commands(config, tmp_path):
         (("models", "verify", "./nowhere"), 1, "nowhere"),
         (("ask", "x", "--config", "/nonexistent.toml"), 2, "cannot be read"),
         (("infer", "nope", "-"), 1, "malformed"),
+        (("ask", " "), 2, "nothing to ask"),
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments, code, words):
