@@ -24,12 +24,6 @@ MAX_TOKENS = 64
 LENGTHS = (8, 16, 32, 64)
 #: What the cloud itself would hand on; it has no further tier, so the figure is only reported.
 ESCALATE = 0.05
-#: Share of the words hidden in training: no single word may carry an intent. With the averaged weights below it
-#: lifted validation accuracy from 97.2 to 97.5 %.
-HIDDEN_SHARE = 0.1
-#: Weights are averaged over about the last 500 steps (exponential moving average, two epochs).
-AVERAGE = 0.998
-SMOOTHING = 0.1
 
 
 def pretrained_folder() -> Path:
@@ -64,13 +58,6 @@ def padded(ids: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         table[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1.0
     return table, mask
-
-
-def hidden(ids: list[int], mask_id: int, rng: np.random.Generator) -> list[int]:
-    """A copy with some words hidden; the sentence marks at both ends stay."""
-    drop = rng.random(len(ids)) < HIDDEN_SHARE
-    drop[[0, -1]] = False
-    return [mask_id if gone else token for token, gone in zip(ids, drop, strict=True)]
 
 
 def batches(ids: Sequence[list[int]], rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
@@ -108,13 +95,9 @@ def fine_tune(
     epochs: int,
     rate: float,
     seed: int,
-    mask_id: int,
-    after_epoch: Callable[[int, dict[str, Tensor]], None],
+    after_epoch: Callable[[int], None],
 ) -> None:
-    """AdamW with warm-up and linear decay; the head learns faster than the encoder.
-
-    `after_epoch` gets the epoch and the averaged weights, which are the result.
-    """
+    """AdamW with warm-up and linear decay; the head learns faster than the encoder."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     head = list(encoder.head.parameters())
@@ -132,24 +115,18 @@ def fine_tune(
         optimiser, lambda step: min((step + 1) / warm, max(0.0, (total - step) / (total - warm)))
     )
     target = torch.from_numpy(labels)
-    averaged = {name: value.clone() for name, value in encoder.state_dict().items()}
-    steps = 0
     for epoch in range(epochs):
         encoder.train()
         started, seen = time.monotonic(), 0.0
         for count, rows in enumerate(batches(ids, rng), 1):
-            part = [hidden(ids[i], mask_id, rng) for i in rows]
-            loss = nnf.cross_entropy(encoder(*padded(part)), target[rows], label_smoothing=SMOOTHING)
+            loss = nnf.cross_entropy(
+                encoder(*padded([ids[i] for i in rows])), target[rows], label_smoothing=0.05
+            )
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            steps += 1
-            keep = min(AVERAGE, (1 + steps) / (10 + steps))  # young averages forget the beginning quickly
-            with torch.no_grad():
-                for name, value in encoder.state_dict().items():
-                    averaged[name].mul_(keep).add_(value, alpha=1 - keep)
             seen += float(loss.detach())
             if count % 20 == 0:
                 pace = (time.monotonic() - started) / count
@@ -157,7 +134,7 @@ def fine_tune(
                     f"epoch {epoch + 1}/{epochs} batch {count} loss {seen / count:.3f} {pace:.2f} s each",
                     file=sys.stderr,
                 )
-        after_epoch(epoch, averaged)
+        after_epoch(epoch)
 
 
 def export(encoder: Encoder) -> bytes:
@@ -228,10 +205,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("models/commands-cloud"))
     parser.add_argument("--bundle-version", default="1")
-    parser.add_argument("--epochs", type=int, default=11)
-    parser.add_argument("--rate", type=float, default=1.2e-4)
+    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = read_clinc(arguments.data)
@@ -242,16 +219,14 @@ def main() -> None:
     encoder = Encoder(len(data.names))
     load_pretrained(encoder, folder / "model.safetensors")
 
-    averaged_encoder = Encoder(len(data.names))
-
-    def after_epoch(epoch: int, averaged: dict[str, Tensor]) -> None:
-        averaged_encoder.load_state_dict(averaged)
-        share = accuracy(logits_of(averaged_encoder, val_ids), data.val, data.oos)
+    def after_epoch(epoch: int) -> None:
+        share = accuracy(logits_of(encoder, val_ids), data.val, data.oos)
         print(f"epoch {epoch + 1}: in-scope val accuracy {share:.4f}", file=sys.stderr)
-        torch.save(averaged, arguments.checkpoint)
+        torch.save(encoder.state_dict(), arguments.checkpoint)
 
     if arguments.checkpoint.exists():
         print(f"packing the weights of {arguments.checkpoint}", file=sys.stderr)
+        encoder.load_state_dict(torch.load(arguments.checkpoint, weights_only=True))
     else:
         arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         fine_tune(
@@ -261,10 +236,8 @@ def main() -> None:
             epochs=arguments.epochs,
             rate=arguments.rate,
             seed=arguments.seed,
-            mask_id=tokenizer.token_to_id("[MASK]"),
             after_epoch=after_epoch,
         )
-    encoder.load_state_dict(torch.load(arguments.checkpoint, weights_only=True))
     calibration, report = calibrate(
         logits_of(encoder, val_ids),
         data.val.labels,
