@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
 import stat
 
 import pytest
@@ -319,5 +320,39 @@ def test_tritonclient_gets_right_answers_in_json_and_binary(tmp_path):
         async with served(tmp_path) as (_, _, port):
             for answer in await asyncio.to_thread(ask, port):
                 assert answer == [b"smart_home", b"flip_coin"]
+
+    run(scenario)
+
+
+def test_curl_gets_the_right_answer_in_json_and_binary(tmp_path):
+    """As the README has it: curl -d sends no JSON content type, and that is fine."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed: apt-get install curl")
+
+    async def curl(*words):
+        process = await asyncio.create_subprocess_exec(
+            *("curl", "-s", "--fail", "--max-time", "20", *words), stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return out
+
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            url = f"http://127.0.0.1:{port}/v2/models/commands/infer"
+            assert json.loads(await curl(url, "-d", BODY.decode()))["outputs"][0]["data"] == ["smart_home"]
+            over_socket = await curl(
+                "--unix-socket", str(tmp_path / "run" / "e.sock"), "http://localhost/v2/health/ready"
+            )
+            assert json.loads(over_socket)
+            command = b"flip a coin"
+            raw = len(command).to_bytes(4, "little") + command
+            tensor = {"name": "text", "shape": [1], "datatype": "BYTES"}
+            tensor["parameters"] = {"binary_data_size": len(raw)}
+            head = json.dumps({"inputs": [tensor]}).encode()
+            (tmp_path / "body").write_bytes(head + raw)
+            length = f"Inference-Header-Content-Length: {len(head)}"
+            reply = await curl(url, "-H", length, "--data-binary", f"@{tmp_path}/body")
+            assert json.loads(reply)["outputs"][0]["data"] == ["flip_coin"]
 
     run(scenario)
