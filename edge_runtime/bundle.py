@@ -7,111 +7,22 @@ were verified, so a file swapped afterwards changes nothing. This module knows n
 
 import hashlib
 import os
-import re
 import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from edge_runtime.compression import compress, decompress
 from edge_runtime.core.errors import BundleError, InvalidRequest
+from edge_runtime.manifest import FORMAT, MANIFEST, FileEntry, Manifest, is_id, parse_manifest
 
-FORMAT = "edge-runtime-bundle/1"
-MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 MAX_MANIFEST_BYTES = 256 * 1024
-MAX_FILES = 64
-MAX_PLAIN_BYTES = 256 * 1024 * 1024
 MAX_WINDOW_BYTES = 8 * 1024 * 1024
-MAX_KNOTS = 32
-MAX_BATCH = 1024
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-#: A bundle holds data, not programs: whatever else a file is called, it ends in one of these.
-_SUFFIXES = (".onnx", ".tflite", ".json", ".txt")
-
-
-class TensorEntry(msgspec.Struct, frozen=True):
-    """A named input or output as clients see it; the leading -1 of `shape` is the batch axis."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-class SignatureEntry(msgspec.Struct, frozen=True):
-    """What the task promises."""
-
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-
-
-class FileEntry(msgspec.Struct, frozen=True):
-    """One payload, stored as `<name>.zst`. Sizes in bytes, digests in lower-case hex."""
-
-    name: str
-    size: int
-    sha256: str
-    stored_size: int
-    stored_sha256: str
-    compression: Literal["zstd"]
-
-
-class ProcessingEntry(msgspec.Struct, frozen=True):
-    """Which steps of the closed list in `processing` turn inputs into tensors and outputs into answers."""
-
-    kind: str
-    version: str
-    parameters: dict[str, Any] = {}
-
-
-class BatchEntry(msgspec.Struct, frozen=True):
-    """What the maker of the bundle claims; the loader tests it before believing."""
-
-    max: int
-    invariant: bool
-
-
-class CalibrationEntry(msgspec.Struct, frozen=True):
-    """Logits -> temperature -> largest softmax value -> knots (score, probability of being right)."""
-
-    temperature: float
-    knots: tuple[tuple[float, float], ...]
-    accept_threshold: float | None = None
-    fitted_on: str = ""
-
-
-class CreditEntry(msgspec.Struct, frozen=True):
-    """Data or weights the model was made from."""
-
-    name: str
-    authors: str
-    licence: str
-    url: str = ""
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """All of `manifest.json`. Unknown fields are ignored, an unknown `format` is refused."""
-
-    format: str
-    name: str
-    version: str
-    task: str
-    signature: SignatureEntry
-    engine: str
-    model: str  # the payload the engine loads
-    files: tuple[FileEntry, ...]
-    processing: ProcessingEntry
-    batch: BatchEntry
-    licence: str
-    labels: str | None = None  # the payload with a JSON list of label names
-    calibration: CalibrationEntry | None = None
-    credits: tuple[CreditEntry, ...] = ()
-    metrics: dict[str, float | str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +45,6 @@ class Bundle:
     digest: str
     stored_bytes: int
     signed_by: str | None = None
-
-
-def is_id(name: str) -> bool:
-    """Whether a name is an id: lower-case letters, digits, dot, dash and underscore, at most 64, no `..`."""
-    return _NAME.fullmatch(name) is not None and ".." not in name
 
 
 def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
@@ -179,8 +85,7 @@ def load_bundle(path: str | os.PathLike[str], trust: Trust | None = None) -> Bun
     try:
         raw = _read(folder, MANIFEST, MAX_MANIFEST_BYTES, where, may_be_linked)
         signed_by = None if trust is None else _signer(folder, raw, trust, where, may_be_linked)
-        manifest = _parse(raw, where)
-        _check(manifest, where)
+        manifest = parse_manifest(raw, where)
         _check_listing(folder, manifest, where)
         files: dict[str, bytes] = {}
         for entry in manifest.files:
@@ -303,65 +208,6 @@ def _read(folder: int, name: str, limit: int, where: str, may_be_linked: bool) -
         raise BundleError(
             f"{where}: {name} cannot be opened ({error.strerror}); copy the bundle again"
         ) from None
-
-
-def _parse(raw: bytes, where: str) -> Manifest:
-    try:
-        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format")
-        if version is None or msgspec.json.decode(version) != FORMAT:
-            raise BundleError(
-                f"{where}: {MANIFEST} is not of format {FORMAT!r}; make it with this version's tools"
-            )
-        return msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise BundleError(
-            f"{where}: {MANIFEST} cannot be read ({reason}); copy or make the bundle again"
-        ) from None
-
-
-def _check(manifest: Manifest, where: str) -> None:
-    """Refuse what types cannot express, before any payload is opened."""
-
-    def require(holds: bool, what: str) -> None:
-        if not holds:
-            raise BundleError(f"{where}: {MANIFEST}: {what}; make the bundle again")
-
-    require(is_id(manifest.name), "the name is not an id")
-    digits = manifest.version
-    is_number = digits.isascii() and digits.isdecimal() and len(digits) <= 18 and str(int(digits)) == digits
-    require(is_number, "the version is not a whole number")
-    require(0 < len(manifest.files) <= MAX_FILES, f"there are not 1 to {MAX_FILES} files")
-    names = [entry.name for entry in manifest.files]
-    require(len(set(names)) == len(names), "a file is listed twice")
-    for entry in manifest.files:
-        require(is_id(entry.name), "a file name is not an id")
-        require(entry.name.endswith(_SUFFIXES), f"a file does not end in one of {', '.join(_SUFFIXES)}")
-        require(0 < entry.size <= MAX_PLAIN_BYTES, "a file size is out of range")
-        require(0 < entry.stored_size <= MAX_PLAIN_BYTES, "a stored size is out of range")
-        for digest in (entry.sha256, entry.stored_sha256):
-            require(_SHA256.fullmatch(digest) is not None, "a digest is not 64 hex digits")
-    require(
-        sum(entry.size for entry in manifest.files) <= MAX_PLAIN_BYTES, "the files are too large together"
-    )
-    require(manifest.model in names, "the model is not among the files")
-    require(manifest.labels is None or manifest.labels in names, "the labels are not among the files")
-    require(1 <= manifest.batch.max <= MAX_BATCH, f"batch.max is not in 1..{MAX_BATCH}")
-    require(bool(manifest.signature.inputs and manifest.signature.outputs), "the signature is empty")
-    tensors = (*manifest.signature.inputs, *manifest.signature.outputs)
-    require(all(tensor.shape[:1] == (-1,) for tensor in tensors), "a shape does not begin with -1")
-    if manifest.calibration is not None:
-        calibration = manifest.calibration
-        require(0.01 <= calibration.temperature <= 100.0, "calibration.temperature is not in 0.01..100")
-        scores = [score for score, _ in calibration.knots]
-        chances = [chance for _, chance in calibration.knots]
-        require(2 <= len(scores) <= MAX_KNOTS, f"there are not 2 to {MAX_KNOTS} calibration.knots")
-        require(scores == sorted(set(scores)), "the scores of calibration.knots do not rise")
-        require(chances == sorted(chances), "the probabilities of calibration.knots fall")
-        require(min(scores) >= 0.0 and max(scores) <= 1.0, "a score of calibration.knots is not in 0..1")
-        require(chances[0] >= 0.0 and chances[-1] <= 1.0, "a probability of calibration.knots is not in 0..1")
-        threshold = calibration.accept_threshold
-        require(threshold is None or 0.0 <= threshold <= 1.0, "calibration.accept_threshold is not in 0..1")
 
 
 def _check_listing(folder: int, manifest: Manifest, where: str) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.bundle import Manifest, Trust, find_bundle, load_bundle
+from edge_runtime.bundle import Trust, find_bundle, load_bundle
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import DTYPES, ModelInfo, Row, Tensor
 from edge_runtime.engines import Engine
+from edge_runtime.manifest import Manifest
 from edge_runtime.processing import Processor
 from edge_runtime.processing.build import build_processor
 from edge_runtime.processing.text_classification import TextClassification

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 import zstandard
 
-from edge_runtime.bundle import MANIFEST, MAX_MANIFEST_BYTES, find_bundle, is_id, load_bundle, write_bundle
+from edge_runtime.bundle import MAX_MANIFEST_BYTES, find_bundle, load_bundle, write_bundle
 from edge_runtime.compression import compress
 from edge_runtime.core.errors import BundleError
+from edge_runtime.manifest import MANIFEST, is_id
 
 FIELDS = {
     "name": "tiny",

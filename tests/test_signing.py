@@ -55,7 +55,7 @@ def test_nothing_is_parsed_of_a_manifest_or_signature_with_any_byte_changed(fold
     def parse(*_):
         raise AssertionError("parsed before it was believed")
 
-    monkeypatch.setattr(bundle, "_parse", parse)
+    monkeypatch.setattr(bundle, "parse_manifest", parse)
     for name in (MANIFEST, SIGNATURE):
         whole = (folder / name).read_bytes()
         for at in range(len(whole)):

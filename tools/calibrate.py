@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import CalibrationEntry
+from edge_runtime.manifest import CalibrationEntry
 
 #: Rows per knot before merging; 30 knots stay below the format's 32 and need about 100 rows each.
 KNOTS = 30

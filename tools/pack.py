@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import Bundle, CalibrationEntry, CreditEntry, write_bundle
+from edge_runtime.bundle import Bundle, write_bundle
 from edge_runtime.core.messages import Row
+from edge_runtime.manifest import CalibrationEntry, CreditEntry
 from edge_runtime.model import load_model
 from tools.calibrate import Report
 
