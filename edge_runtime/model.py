@@ -10,6 +10,7 @@ from edge_runtime.bundle import Trust, find_bundle, load_bundle
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import DTYPES, ModelInfo, Row, Tensor
 from edge_runtime.engines import Engine
+from edge_runtime.engines.build import build_engine
 from edge_runtime.manifest import Manifest
 from edge_runtime.processing import Processor
 from edge_runtime.processing.build import build_processor
@@ -70,16 +71,10 @@ def load_model(
     """
     bundle = load_bundle(find_bundle(name_or_path), trust)
     manifest = bundle.manifest
-    if manifest.engine != "onnx":
-        raise BundleError(
-            f"bundle {manifest.name!r} needs the engine {manifest.engine!r}; this release runs 'onnx'"
-        )
-    # Imported here: reading bundles must not cost the 20 MB of the runtime.
-    from edge_runtime.engines.onnx import OnnxEngine  # noqa: PLC0415
-
     processor = build_processor(manifest, bundle.files)
     probes = _probes(processor)
-    engine = OnnxEngine(
+    engine = build_engine(
+        manifest.engine,
         bundle.files[manifest.model],
         max_batch=manifest.batch.max,
         threads=threads,

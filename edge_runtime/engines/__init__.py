@@ -27,5 +27,8 @@ class Engine(Protocol):
         Returned arrays are copies the caller may keep. Raises EngineFailed, or whatever the model raises.
         """
 
+    def deny_batches(self) -> None:
+        """Run single rows from now on: a test has shown that neighbours change answers."""
+
     def close(self) -> None:
         """Free the model. Idempotent; `run` must not be called afterwards."""

@@ -65,6 +65,10 @@ class FakeEngine:
             return answers[: self.miscount]
         return answers + answers[:1] * self.miscount
 
+    def deny_batches(self) -> None:
+        """Run single rows from now on."""
+        self._is_batch_invariant = False
+
     def close(self) -> None:
         """Mark as closed."""
         self.is_closed = True

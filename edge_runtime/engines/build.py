@@ -1,0 +1,32 @@
+"""From the word for an engine in a manifest to the engine; runtimes are imported here and only when needed."""
+
+from edge_runtime.core.errors import BundleError
+from edge_runtime.engines import Engine
+
+
+def build_engine(
+    engine: str,
+    model: bytes,
+    *,
+    max_batch: int,
+    threads: int = 1,
+    is_batch_invariant: bool = True,
+    are_rows_alike: bool = False,
+) -> Engine:
+    """Load the plain bytes of a model into the engine that a manifest names ("onnx").
+
+    `threads` is what the engine uses inside one operator; `is_batch_invariant` is the maker's claim, and
+    `are_rows_alike` says that all rows have the same shapes. Raises BundleError.
+    """
+    # Imported late: reading bundles must not cost the 20 MB of a runtime.
+    if engine == "onnx":
+        from edge_runtime.engines.onnx import OnnxEngine  # noqa: PLC0415
+
+        return OnnxEngine(
+            model,
+            max_batch=max_batch,
+            threads=threads,
+            is_batch_invariant=is_batch_invariant,
+            are_rows_alike=are_rows_alike,
+        )
+    raise BundleError(f"the bundle needs the engine {engine!r}; this release runs 'onnx'")
