@@ -21,7 +21,7 @@ def requested_outputs(signature: Signature, request: InferRequest) -> tuple[Outp
     """What the caller wants, in its order; all outputs when it names none. Raises InvalidRequest."""
     if not request.outputs:
         return tuple(OutputRequest(spec.name, request.binary_default) for spec in signature.outputs)
-    known = {spec.name for spec in signature.outputs}
+    known = {spec.name for spec in (*signature.outputs, *signature.on_request)}
     for output in request.outputs:
         if output.name not in known:
             raise InvalidRequest(f"The model has no such output; it offers {', '.join(sorted(known))}.")
@@ -38,22 +38,24 @@ def build_reply(
 ) -> InferReply:
     """Stack the rows' values into tensors of shape [n, ...] for the outputs the caller asked for."""
     wanted = requested_outputs(signature, request)
-    position = {spec.name: i for i, spec in enumerate(signature.outputs)}
+    specs = {spec.name: (i, spec) for i, spec in enumerate((*signature.outputs, *signature.on_request))}
     return InferReply(
         model_name=model_name,
         model_version=model_version,
-        outputs=tuple(
-            _stack(signature.outputs[position[output.name]], position[output.name], answers)
-            for output in wanted
-        ),
+        outputs=tuple(_stack(*specs[output.name], answers) for output in wanted),
         id=request.id,
         parameters=parameters,
         binary_outputs=frozenset(output.name for output in wanted if output.binary),
     )
 
 
-def read_answers(signature: Signature, reply: InferReply, rows: int, confidence_output: str) -> list[Answer]:
-    """The inverse of `build_reply` for a reply that holds all outputs. Raises InvalidRequest."""
+def read_answers(
+    signature: Signature, reply: InferReply, rows: int, confidence_output: str, *, with_extras: bool = False
+) -> list[Answer]:
+    """The inverse of `build_reply` for a reply that holds all outputs, `with_extras` also those on request.
+
+    Raises InvalidRequest.
+    """
     tensors = {tensor.name: tensor for tensor in reply.outputs}
     columns = [_column(spec, tensors.get(spec.name), rows) for spec in signature.outputs]
     confidences = tensors.get(confidence_output)
@@ -62,11 +64,15 @@ def read_answers(signature: Signature, reply: InferReply, rows: int, confidence_
     values = [float(value) for value in confidences.data.reshape(-1)]
     if not all(0.0 <= value <= 1.0 for value in values):
         raise InvalidRequest("The reply's confidence lies outside 0 to 1.")
-    return [Answer(tuple(column[i] for column in columns), values[i]) for i in range(rows)]
+    extras = [_column(spec, tensors.get(spec.name), rows) for spec in signature.on_request if with_extras]
+    return [
+        Answer(tuple(column[i] for column in columns), values[i], tuple(np.asarray(c[i]) for c in extras))
+        for i in range(rows)
+    ]
 
 
-def _stack(spec: TensorSpec, index: int, answers: Sequence[Answer]) -> Tensor:
-    values = [answer.values[index] for answer in answers]
+def _stack(index: int, spec: TensorSpec, answers: Sequence[Answer]) -> Tensor:
+    values = [(*answer.values, *answer.extras)[index] for answer in answers]
     if spec.datatype == "BYTES":
         texts = tuple(value for value in values if isinstance(value, bytes))
         if len(texts) != len(values):
@@ -77,6 +83,7 @@ def _stack(spec: TensorSpec, index: int, answers: Sequence[Answer]) -> Tensor:
 
 
 def _column(spec: TensorSpec, tensor: Tensor | None, rows: int) -> list[bytes | np.generic]:
-    if tensor is None or tensor.datatype != spec.datatype or tensor.shape != (rows,):
-        raise InvalidRequest(f"The reply lacks output {spec.name} as {spec.datatype} of shape [{rows}].")
+    shape = (rows, *spec.shape[1:])
+    if tensor is None or tensor.datatype != spec.datatype or tensor.shape != shape:
+        raise InvalidRequest(f"The reply lacks output {spec.name} as {spec.datatype} of shape {list(shape)}.")
     return list(tensor.data)

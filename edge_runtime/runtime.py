@@ -14,6 +14,7 @@ from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.caching import Cache
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo
+from edge_runtime.joining import joining_of
 from edge_runtime.lane import INLINE_LIMIT_NS, Lane
 from edge_runtime.model import Model, labels_of, load_model, sample_row
 from edge_runtime.model_trust import VersionRecord, read_trust, record_path
@@ -136,7 +137,9 @@ def _serve(model: Model, config: Config) -> ServedModel:
     info = model.info
     if config.escalation.accept is not None and info.accept_threshold is not None:
         info = replace(info, accept_threshold=config.escalation.accept)
-    return ServedModel(info, model.processor, lane, labels_of(model.processor))
+    return ServedModel(
+        info, model.processor, lane, labels_of(model.processor), joining_of(model.manifest, model.processor)
+    )
 
 
 def measure_ns(model: Model) -> float:

@@ -18,10 +18,13 @@ from edge_runtime.core.messages import (
     ModelInfo,
     ModelStatistics,
     Origin,
+    OutputRequest,
     Reason,
     Scalar,
+    Signature,
     Tensor,
 )
+from edge_runtime.joining import Joining
 from edge_runtime.lane import Lane, refusal
 from edge_runtime.processing import Processor
 from edge_runtime.replies import build_reply, read_answers, requested_outputs
@@ -56,12 +59,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded model with its lane. `labels` is what a cloud answer may say; None: anything."""
+    """A loaded model with its lane. `labels` is what a cloud answer may say; None: anything.
+
+    `joining` joins an escalated answer with the edge's own; None: the cloud's answer is taken as it is.
+    """
 
     info: ModelInfo
     processor: Processor
     lane: Lane
     labels: frozenset[bytes] | None = None
+    joining: Joining | None = None
 
 
 class _Abandoned(Exception):  # noqa: N818 - a signal between callers, never seen outside
@@ -74,7 +81,12 @@ class _Travel:
 
     prefix: KeyPrefix | None
     is_private: bool
+    wants_extras: bool
     deadline_ns: int
+
+    def trim(self, answer: Answer) -> Answer:
+        """Without the outputs nobody asked for, which would fill the cache."""
+        return answer if self.wants_extras or not answer.extras else replace(answer, extras=())
 
 
 @dataclass(slots=True)
@@ -202,7 +214,8 @@ class Service:
         prefix = None
         if self._cache is not None and wants_cache:
             prefix = self._prefix(served, request.parameters, tuple(outputs), tenant)
-        return _Travel(prefix, is_private, deadline_ns)
+        named = {spec.name for spec in served.info.signature.on_request}
+        return _Travel(prefix, is_private, not named.isdisjoint(outputs), deadline_ns)
 
     def _prefix(
         self, served: ServedModel, parameters: Mapping[str, Scalar], outputs: tuple[str, ...], tenant: str
@@ -275,18 +288,24 @@ class Service:
             is_private=travel.is_private,
             remaining_ns=travel.deadline_ns - now_ns,
         )
-        kept = Outcome(edge.answer, Origin.LOCAL, decision.reason, edge.queue_ns, edge.infer_ns)
+        kept = Outcome(travel.trim(edge.answer), Origin.LOCAL, decision.reason, edge.queue_ns, edge.infer_ns)
         if not decision.escalate or self._cloud is None:
             return kept
         deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
-        question = InferRequest((Tensor("text", "BYTES", (1,), (row,)),))
+        joining = served.joining
+        with_extras = travel.wants_extras or joining is not None
+        outputs = _every_output(served.info.signature) if with_extras else ()
+        question = InferRequest((Tensor("text", "BYTES", (1,), (row,)),), outputs=outputs)
         try:
             reply = await self._cloud.ask(served.info.name, question, deadline_ns=deadline_ns)
-            (answer,) = _read_cloud(served, reply)
+            (answer,) = _read_cloud(served, reply, with_extras=with_extras)
+            if joining is not None and joining.cloud_version == reply.model_version:
+                answer = joining.join(edge.answer, answer)
         except CloudUnavailable as failure:
             return replace(kept, reason=failure.reason, cloud_ns=time.monotonic_ns() - now_ns)
         except (CloudError, InvalidRequest):
             return replace(kept, reason=Reason.CLOUD_FAILED, cloud_ns=time.monotonic_ns() - now_ns)
+        answer = travel.trim(answer)
         return replace(kept, answer=answer, origin=Origin.CLOUD, cloud_ns=time.monotonic_ns() - now_ns)
 
 
@@ -300,9 +319,16 @@ async def _all(rows: list[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:
     return [task.result() for task in tasks]
 
 
-def _read_cloud(served: ServedModel, reply: InferReply) -> list[Answer]:
+def _every_output(signature: Signature) -> tuple[OutputRequest, ...]:
+    return tuple(
+        OutputRequest(spec.name, binary=spec.datatype != "BYTES")
+        for spec in (*signature.outputs, *signature.on_request)
+    )
+
+
+def _read_cloud(served: ServedModel, reply: InferReply, *, with_extras: bool) -> list[Answer]:
     """The cloud's answer, believed only if it fits this device's own signature and labels (InvalidRequest)."""
-    answers = read_answers(served.info.signature, reply, 1, "confidence")
+    answers = read_answers(served.info.signature, reply, 1, "confidence", with_extras=with_extras)
     if served.labels is not None and any(answer.values[0] not in served.labels for answer in answers):
         raise InvalidRequest("The cloud answered with a label this device does not know.")
     return answers
@@ -331,4 +357,5 @@ def _flag(parameters: Mapping[str, Scalar], name: str, *, default: bool) -> bool
 
 
 def _payload_bytes(answer: Answer) -> int:
-    return sum(len(value) if isinstance(value, bytes) else value.nbytes for value in answer.values)
+    values = (*answer.values, *answer.extras)
+    return sum(len(value) if isinstance(value, bytes) else value.nbytes for value in values)

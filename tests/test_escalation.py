@@ -10,8 +10,9 @@ import pytest
 
 from cloud_fallback.config import CloudConfig
 from cloud_fallback.worker import Loaded, Worker
-from edge_runtime.config import CloudSettings, Config, ServerSettings
-from edge_runtime.core.messages import Origin, Reason
+from edge_runtime.bundle import find_bundle, load_bundle, write_bundle
+from edge_runtime.config import CloudSettings, Config, ServerSettings, TrustSettings
+from edge_runtime.core.messages import InferRequest, Origin, OutputRequest, Reason, Tensor
 from edge_runtime.envelope import Message
 from edge_runtime.lane import Lane
 from edge_runtime.model import load_model
@@ -289,3 +290,69 @@ def test_a_person_asks_with_mosquitto_pub_and_reads_with_mosquitto_sub(broker):
             assert b'"origin":"cloud"' in out
 
     run(scenario)
+
+
+def fused_bundle(tmp_path, cloud_version, edge_weight, cloud_weight):
+    """The shipped bundle, told how to join its evidence with a cloud's."""
+    shipped = load_bundle(find_bundle("commands"))
+    fields = msgspec.to_builtins(shipped.manifest)
+    fields["calibration"]["fusion"] = {
+        "cloud_version": cloud_version,
+        "edge_weight": edge_weight,
+        "cloud_weight": cloud_weight,
+        "knots": [[0.0, 0.25], [1.0, 0.75]],
+    }
+    write_bundle(
+        tmp_path / "fused", {k: v for k, v in fields.items() if k not in ("format", "files")}, shipped.files
+    )
+    return str(tmp_path / "fused")
+
+
+@pytest.mark.parametrize(
+    ("version", "weights", "winner"),
+    [("same", (9.0, 0.01), "edge"), ("same", (0.01, 9.0), "cloud"), ("another", (9.0, 0.01), "cloud")],
+)
+def test_an_escalated_answer_joins_both_tiers_where_the_bundle_was_fitted_for_that_cloud(
+    broker, tmp_path, version, weights, winner
+):
+    served = load_bundle(find_bundle("commands")).manifest.version
+    path = fused_bundle(tmp_path, served if version == "same" else "99", *weights)
+    settings = CloudSettings(broker=broker.url, tenant="home", device="d1")
+    trust = TrustSettings(unsigned=True)
+    config = Config(models=(path,), cloud=settings, server=ServerSettings(tcp="off"), trust=trust)
+
+    async def scenario():
+        async with Cloud(broker) as cloud, Runtime.open(config) as runtime:
+            assert await runtime.uplink.wait_connected(10)
+            alone = await runtime.ask(HARD, is_private=True)
+            hard = await runtime.ask(HARD)
+            assert (hard.origin, hard.reason) == (Origin.CLOUD, Reason.UNSURE)
+            wanted = {"edge": alone.answer.values[0], "cloud": cloud.label}
+            assert wanted["edge"] != wanted["cloud"]
+            assert hard.answer.values[0] == wanted[winner]
+            if version == "same":
+                assert 0.25 <= hard.answer.confidence <= 0.75  # through the knots of the joined score
+
+    run(scenario)
+
+
+def test_scores_come_only_to_those_who_name_them_from_either_tier(broker):
+    question = (Tensor("text", "BYTES", (2,), (b"turn the lights off", HARD.encode())),)
+
+    async def scenario():
+        async with Cloud(broker), edge(broker) as runtime:
+            assert await runtime.uplink.wait_connected(10)
+            plain = await runtime.infer("commands", InferRequest(question))
+            assert [t.name for t in plain.outputs] == ["intent", "confidence"]
+            named = InferRequest(question, outputs=(OutputRequest("scores", binary=True),))
+            for _ in range(2):  # computed, then from the cache
+                (scores,) = (await runtime.infer("commands", named)).outputs
+                assert scores.shape == (2, len(load_labels()))
+                assert np.allclose(np.exp(scores.data).sum(1), 1.0, atol=1e-4)
+
+    run(scenario)
+
+
+def load_labels():
+    bundle = load_bundle(find_bundle("commands"))
+    return msgspec.json.decode(bundle.files[bundle.manifest.labels])

@@ -83,10 +83,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a task promises: equal on both tiers."""
+    """What a task promises: equal on both tiers. `on_request` are outputs a caller gets only by naming them."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    on_request: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,12 @@ class Answer:
 
     A value is `bytes` for BYTES outputs, else an array (or numpy scalar) of one row.
     `confidence` is the calibrated probability that this answer is right, or None where the task has none.
+    `extras` are the values of the signature's outputs on request, in their order.
     """
 
     values: tuple[bytes | Array | np.generic, ...]
     confidence: float | None
+    extras: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,17 @@
 """Commands to intents: one BYTES tensor of texts in, a label and a calibrated confidence for each out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.core.errors import InvalidRequest, TooLarge
 from edge_runtime.core.messages import Answer, Row, Signature, Tensor, TensorSpec
 
+#: The output on request with which the two tiers join their evidence.
+SCORES = "scores"
 SIGNATURE = Signature(
     inputs=(TensorSpec("text", "BYTES", (-1,)),),
     outputs=(TensorSpec("intent", "BYTES", (-1,)), TensorSpec("confidence", "FP32", (-1,))),
@@ -33,11 +36,14 @@ class Calibration:
     scores: tuple[float, ...]
     chances: tuple[float, ...]
 
-    def confidence(self, logits: np.ndarray[tuple[int], np.dtype[np.float32]], best: int) -> float:
-        """Return the probability that label `best` (the largest logit) of `[labels] FP32` is right."""
+    def read(self, logits: NDArray[np.float32], best: int) -> tuple[float, NDArray[np.float32]]:
+        """Return the probability that label `best` (the largest logit) is right, and all log-probabilities.
+
+        Both arrays are `[labels] FP32`; the log-probabilities are the softmax at `temperature`.
+        """
         shifted = (logits - logits[best]) / np.float32(self.temperature)
-        score = 1.0 / float(np.exp(shifted).sum())
-        return float(np.interp(score, self.scores, self.chances))
+        total = np.exp(shifted).sum()
+        return float(np.interp(1.0 / float(total), self.scores, self.chances)), shifted - np.log(total)
 
 
 class TextClassification:
@@ -57,11 +63,15 @@ class TextClassification:
         self._calibration = calibration
         self._version = version
         self._max_text_bytes = max_text_bytes
+        self._signature = replace(SIGNATURE, on_request=(TensorSpec(SCORES, "FP32", (-1, len(labels))),))
 
     @property
     def signature(self) -> Signature:
-        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`."""
-        return SIGNATURE
+        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`; on request `scores [n, labels] FP32`.
+
+        The scores are log-probabilities in the order of the labels.
+        """
+        return self._signature
 
     @property
     def version(self) -> str:
@@ -109,5 +119,5 @@ class TextClassification:
         """Return intent and confidence from logits `[labels] FP32`."""
         logits = output[0]
         best = int(logits.argmax())
-        confidence = self._calibration.confidence(logits, best)
-        return Answer((self._labels[best], np.float32(confidence)), confidence)
+        confidence, scores = self._calibration.read(logits, best)
+        return Answer((self._labels[best], np.float32(confidence)), confidence, (scores,))
