@@ -160,6 +160,24 @@ def test_dynamic_quantisation_forces_single_rows():
     assert engine.batch_unsafe == {"DynamicQuantizeLinear"}
 
 
+@pytest.mark.parametrize(
+    ("attributes", "outputs", "opset", "is_unsafe"),
+    [
+        ({}, ["y"], 17, False),
+        ({"training_mode": 0}, ["y"], 17, False),
+        ({"training_mode": 1}, ["y", "mean2", "variance2"], 17, True),
+        ({"training_mode": 1}, ["y", "", ""], 17, True),
+        ({}, ["y", "mean2", "variance2", "mean3", "variance3"], 9, True),
+        ({}, ["y", "", "", "", ""], 9, False),
+    ],
+)
+def test_batch_normalisation_is_unsafe_while_it_trains(attributes, outputs, opset, is_unsafe):
+    node = helper.make_node("BatchNormalization", ["x", "s", "b", "m", "v"], outputs, **attributes)
+    graph = helper.make_graph([node], "main", [], [])
+    found = scan(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]).SerializeToString())
+    assert found.batch_unsafe == ({"BatchNormalization"} if is_unsafe else set())
+
+
 def branch(tensor):
     def arm(name):
         return helper.make_graph(

@@ -47,7 +47,8 @@ _INTO: dict[_Kind, dict[int, _Kind]] = {
     _Kind.SPARSE: {1: _Kind.TENSOR, 2: _Kind.TENSOR},
     _Kind.TENSOR: {},
 }
-_OPERATOR, _DOMAIN = 4, 7  # of NodeProto
+_OUTPUT, _OPERATOR, _ATTRIBUTE, _DOMAIN = 2, 4, 5, 7  # of NodeProto
+_NAME, _INTEGER = 1, 3  # of AttributeProto
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of TensorProto
 
 
@@ -72,6 +73,8 @@ def scan(model: bytes) -> ScanResult:
 def _walk(data: memoryview, kind: _Kind, depth: int, unsafe: set[str]) -> None:
     if depth > _MAX_DEPTH:
         raise BundleError(f"the model is nested deeper than {_MAX_DEPTH}; export it without deep sub-graphs")
+    if kind is _Kind.NODE and (operator := _batch_unsafe(data)):
+        unsafe.add(operator)
     into = _INTO[kind]
     for field, value in _fields(data):
         if isinstance(value, int):
@@ -79,14 +82,37 @@ def _walk(data: memoryview, kind: _Kind, depth: int, unsafe: set[str]) -> None:
                 raise _external()
         elif kind is _Kind.TENSOR and field == _EXTERNAL_DATA:
             raise _external()
-        elif kind is _Kind.NODE and field == _OPERATOR and bytes(value) in _BATCH_UNSAFE:
-            unsafe.add(bytes(value).decode())
         elif kind is _Kind.NODE and field == _DOMAIN and bytes(value) not in _DOMAINS:
             raise BundleError(
                 "the model uses custom operators, which this runtime refuses; export it without"
             )
         elif field in into:
             _walk(value, into[field], depth + 1, unsafe)
+
+
+def _batch_unsafe(node: memoryview) -> str:
+    """The operator of a NodeProto if it computes over all rows of a batch, else "".
+
+    BatchNormalization does while training: told by `training_mode` (from opset 14), or by its further outputs.
+    """
+    operator, outputs, is_training = b"", 0, False
+    for field, value in _fields(node):
+        if isinstance(value, int):
+            continue
+        if field == _OPERATOR:
+            operator = bytes(value)
+        elif field == _OUTPUT:
+            outputs += len(value) > 0  # an empty name is an output left out
+        elif (
+            field == _ATTRIBUTE and len(value) < 64
+        ):  # the attribute sought is 20 bytes, tensors may be megabytes
+            parts = dict(_fields(value))
+            name, mode = parts.get(_NAME), parts.get(_INTEGER, 0)
+            is_training |= isinstance(name, memoryview) and name.tobytes() == b"training_mode" and mode != 0
+    is_unsafe = operator in _BATCH_UNSAFE or (
+        operator == b"BatchNormalization" and (is_training or outputs > 1)
+    )
+    return operator.decode() if is_unsafe else ""
 
 
 def _external() -> BundleError:
