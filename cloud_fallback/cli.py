@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -15,6 +16,9 @@ import msgspec
 from cloud_fallback.config import CloudConfig, load_config
 from edge_runtime import __version__
 from edge_runtime.core.errors import ConfigError, EdgeRuntimeError
+
+if TYPE_CHECKING:
+    from cloud_fallback.worker import Loaded
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,14 +38,15 @@ def main() -> None:
     "--config", "path", type=click.Path(path_type=Path), help="TOML file; without it the defaults hold."
 )
 @click.option("--broker", help="mqtt://HOST[:PORT], in place of the file's.")
-def serve(path: Path | None, broker: str | None) -> None:
+@click.option("--again", is_flag=True, help="Try models again that failed their first load.")
+def serve(path: Path | None, broker: str | None, again: bool) -> None:
     """Serve until SIGTERM; a second SIGTERM ends at once."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     try:
         config = load_config(path)
         if broker:
             config = msgspec.structs.replace(config, broker=broker)
-        asyncio.run(run(config))
+        asyncio.run(run(config, again=again))
     except ConfigError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -78,13 +83,10 @@ def _show(path: Path | None, *, only_check: bool) -> None:
     click.echo(f"ok: {path}" if only_check else json.dumps(msgspec.to_builtins(found), indent=2))
 
 
-async def run(config: CloudConfig) -> None:
-    """Load, serve, drain. Raises ConfigError, BundleError."""
-    from cloud_fallback.worker import Loaded, Worker
-    from edge_runtime.core.batching import QueueLimits
-    from edge_runtime.lane import Lane
-    from edge_runtime.model import load_model
-    from edge_runtime.model_trust import VersionRecord, read_trust, record_path
+async def run(config: CloudConfig, *, again: bool = False) -> None:
+    """Load, serve, drain; `again` tries models anew whatever came of earlier trials. Raises ConfigError, BundleError."""
+    from cloud_fallback.worker import Worker
+    from edge_runtime.stopping import unless_stopped
     from edge_runtime.typed_toml import read_secret
 
     stop = asyncio.Event()
@@ -96,17 +98,10 @@ async def run(config: CloudConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    limits = QueueLimits(config.max_batch, config.queue)
     async with AsyncExitStack() as stack:
-        models: dict[str, Loaded] = {}
-        record = VersionRecord(record_path(config.record, "cloud-fallback"))
-        trust = read_trust(config.trusted_keys, allow_unsigned=config.allow_unsigned)
-        for name in config.models:
-            model = load_model(name, threads=config.threads, trust=trust)
-            record.admit(model.name, model.version, model.digest, model.signed_by)
-            lane = Lane(model.name, model.processor, model.engine, limits, is_inline=False)
-            stack.push_async_callback(lane.close)
-            models[model.name] = Loaded(model, lane)
+        models = await unless_stopped(stop, _load(config, stack, again=again))
+        if models is None:
+            return
         worker = Worker(config, read_secret(config.password_file), models)
         worker.connection.start()
         stack.push_async_callback(worker.drain)
@@ -115,3 +110,33 @@ async def run(config: CloudConfig) -> None:
         if worker.connection.is_connected:
             click.echo(f"ready: {', '.join(models)} at {config.broker}", err=True)
         await stop.wait()
+
+
+async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "dict[str, Loaded]":
+    from cloud_fallback.worker import Loaded
+    from edge_runtime.core.batching import QueueLimits
+    from edge_runtime.first_load import FirstLoads
+    from edge_runtime.lane import Lane
+    from edge_runtime.model import load_model_soon
+    from edge_runtime.model_trust import VersionRecord, read_trust, record_path, trials_path
+
+    models: dict[str, Loaded] = {}
+    path = record_path(config.record, "cloud-fallback")
+    record = VersionRecord(path)
+    first_loads = FirstLoads(
+        trials_path(path),
+        memory_mb=config.limits.model_memory_mb,
+        lift="cloud-fallback serve --again",
+        again=again,
+    )
+    trust = read_trust(config.trusted_keys, allow_unsigned=config.allow_unsigned)
+    for name in config.models:
+        model = await load_model_soon(
+            name, threads=config.threads, trust=trust, max_batch=config.max_batch, first_loads=first_loads
+        )
+        record.admit(model.name, model.version, model.digest, model.signed_by)
+        limits = QueueLimits(config.max_batch, config.queue)
+        lane = Lane(model.name, model.processor, model.engine, limits, is_inline=False)
+        stack.push_async_callback(lane.close)
+        models[model.name] = Loaded(model, lane)
+    return models

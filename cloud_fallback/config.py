@@ -14,6 +14,12 @@ from edge_runtime.typed_toml import load_toml
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
+class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a model may take."""
+
+    model_memory_mb: Positive | None = None  # at most, as measured at its first load; unset: no budget
+
+
 class CloudConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What `cloud.toml` may say."""
 
@@ -30,6 +36,7 @@ class CloudConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     trusted_keys: tuple[str, ...] = ()  # files with public keys; empty: the project's development key alone
     allow_unsigned: bool = False  # also load bundles that nobody signed: for experiments
     record: str = "auto"  # file of the versions that ran: a path, "auto" (state directory), or "off"
+    limits: LimitSettings = LimitSettings()
     username: str = ""
     password_file: str = ""
     ca_file: str = ""

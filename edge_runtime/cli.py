@@ -216,11 +216,15 @@ def models_list(config_path: Path | None, as_json: bool) -> None:
     """List the configured models."""
     from edge_runtime.bundle import find_bundle, load_bundle
     from edge_runtime.config import load_config
+    from edge_runtime.runtime import first_loads_of
 
     rows = []
-    for name in load_config(config_path).models:
+    config = load_config(config_path)
+    first_loads = first_loads_of(config)
+    for name in config.models:
         bundle = load_bundle(find_bundle(name))
         manifest = bundle.manifest
+        report = first_loads.report_of(bundle.digest)
         rows.append(
             {
                 "name": manifest.name,
@@ -228,6 +232,7 @@ def models_list(config_path: Path | None, as_json: bool) -> None:
                 "task": manifest.task,
                 "engine": manifest.engine,
                 "bytes": sum(entry.size for entry in manifest.files),
+                "memory_mb": None if report is None else round(report.memory_bytes / 1e6, 1),
                 "digest": bundle.digest,
             }
         )
@@ -241,20 +246,24 @@ def models_list(config_path: Path | None, as_json: bool) -> None:
 
 @models.command("show")
 @click.argument("bundle")
+@_config_option
 @_json_option
 @_guarded
-def models_show(bundle: str, as_json: bool) -> None:
-    """Show a bundle's manifest and how the loaded model behaves. BUNDLE is a name or a path."""
+def models_show(bundle: str, config_path: Path | None, as_json: bool) -> None:
+    """Show a bundle's manifest, and what loading it costs and how it may be batched. BUNDLE is a name or a path."""
     import msgspec
 
-    from edge_runtime.bundle import find_bundle, load_bundle
-    from edge_runtime.model import load_model
+    from edge_runtime.config import load_config
+    from edge_runtime.model import cost_of, load_model
+    from edge_runtime.runtime import first_loads_of
 
-    loaded = load_bundle(find_bundle(bundle))
-    tree = msgspec.to_builtins(loaded.manifest)
-    model = load_model(bundle)
-    tree["digest"] = loaded.digest
-    tree["loaded"] = {"max_batch": model.info.max_batch, "batch_invariant": model.info.is_batch_invariant}
+    config = load_config(config_path)
+    model = load_model(
+        bundle, threads=config.threads, max_batch=config.batch.max, first_loads=first_loads_of(config)
+    )
+    tree = msgspec.to_builtins(model.manifest)
+    tree["digest"] = model.digest
+    tree["loaded"] = cost_of(model.info)
     model.engine.close()
     if as_json:
         click.echo(json.dumps(tree))
@@ -266,25 +275,33 @@ def models_show(bundle: str, as_json: bool) -> None:
 
 @models.command("verify")
 @click.argument("bundle")
+@click.option("--again", is_flag=True, help="Also try its first load anew, whatever came of it before.")
 @_config_option
 @_json_option
 @_guarded
-def models_verify(bundle: str, config_path: Path | None, as_json: bool) -> None:
+def models_verify(bundle: str, again: bool, config_path: Path | None, as_json: bool) -> None:
     """Check signature and every digest of a bundle. BUNDLE is a name or a path; exit code 1 if it must not be used.
 
     \b
     Examples:
       edge-runtime models verify commands
       edge-runtime models verify ./my-bundle --config edge.toml     # with the keys that edge.toml trusts
+      edge-runtime models verify commands --again                  # lift the quarantine of failed first loads
     """
     from edge_runtime.bundle import find_bundle, load_bundle
     from edge_runtime.config import load_config
     from edge_runtime.model_trust import read_trust
 
-    trusted = load_config(config_path).trust
-    trust = read_trust(trusted.keys, allow_unsigned=trusted.unsigned)
+    config = load_config(config_path)
+    trust = read_trust(config.trust.keys, allow_unsigned=config.trust.unsigned)
     loaded = load_bundle(find_bundle(bundle), trust)
     manifest = loaded.manifest
+    if again:
+        from edge_runtime.runtime import first_loads_of
+
+        first_loads = first_loads_of(config)
+        first_loads.forget(loaded.digest)
+        first_loads.admit(loaded, threads=config.threads, max_batch=min(manifest.batch.max, config.batch.max))
     result = {
         "name": manifest.name,
         "version": manifest.version,

@@ -66,6 +66,12 @@ class TrustSettings(Settings, frozen=True):
     record: str = "auto"  # file of the versions that ran: a path, "auto" (state directory), or "off"
 
 
+class LimitSettings(Settings, frozen=True):
+    """What a model may take."""
+
+    model_memory_mb: Positive | None = None  # at most, as measured at its first load; unset: no budget
+
+
 class CloudSettings(Settings, frozen=True):
     """The way to the cloud tier; without this section nothing ever leaves the device."""
 
@@ -91,6 +97,7 @@ class Config(Settings, frozen=True):
     requests: RequestSettings = RequestSettings()
     escalation: EscalationSettings = EscalationSettings()
     trust: TrustSettings = TrustSettings()
+    limits: LimitSettings = LimitSettings()
     cloud: CloudSettings | None = None
 
 

@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from edge_runtime.config import Config, socket_path, tcp_address
 from edge_runtime.runtime import Runtime
 from edge_runtime.server import start_server
+from edge_runtime.stopping import unless_stopped
 
 _log = logging.getLogger(__name__)
 
@@ -19,11 +21,15 @@ _log = logging.getLogger(__name__)
 async def serve(config: Config, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT, then drain; `announce` gets one line once requests are welcome.
 
-    A second signal ends the process at once with exit code 1. Raises ConfigError, BundleError.
+    A second signal ends the process at once with exit code 1; one that comes while a model is tried ends the
+    trial. Raises ConfigError, BundleError.
     """
     stop = asyncio.Event()
     _watch_signals(stop)
-    async with Runtime.open(config) as runtime:
+    async with AsyncExitStack() as stack:
+        runtime = await unless_stopped(stop, stack.enter_async_context(Runtime.open(config)))
+        if runtime is None:
+            return
         server = await start_server(
             runtime,
             socket_path=socket_path(config),

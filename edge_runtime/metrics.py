@@ -52,6 +52,16 @@ def _models(service: Service) -> Iterable[Metric]:
             duration = getattr(service.statistics(info.name), name)
             family.add_metric([info.name], duration.count, duration.ns / 1e9)
         yield family
+    memory = GaugeMetricFamily(
+        "edge_model_memory_bytes", "Memory the model took at most in its trial.", labels=["model"]
+    )
+    load = GaugeMetricFamily("edge_model_load_seconds", "Time loading the model took.", labels=["model"])
+    for info in service.models():
+        if info.memory_bytes is not None:
+            memory.add_metric([info.name], info.memory_bytes)
+        load.add_metric([info.name], info.load_ns / 1e9)
+    yield memory
+    yield load
     batches = CounterMetricFamily("edge_batches", "Batches run.", labels=["model"])
     waiting = GaugeMetricFamily("edge_waiting_rows", "Rows that wait for the engine.", labels=["model"])
     for info in service.models():

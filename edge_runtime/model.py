@@ -1,36 +1,35 @@
-"""A model ready to serve: a verified bundle with its processor and engine, and proof that its rows may share batches."""
+"""A model ready to serve: a verified bundle with its processor and engine, proof that its rows may share batches,
+and what it costs.
+"""
 
+import logging
 import os
+import time
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from edge_runtime.bundle import Trust, find_bundle, load_bundle
-from edge_runtime.core.errors import BundleError, EngineFailed
-from edge_runtime.core.messages import DTYPES, ModelInfo, Row, Tensor
+from edge_runtime.bundle import Bundle, Trust, find_bundle, load_bundle
+from edge_runtime.core.errors import EngineFailed
+from edge_runtime.core.messages import Ladder, ModelInfo
 from edge_runtime.engines import Engine
-from edge_runtime.engines.build import build_engine
+from edge_runtime.first_load import FirstLoads
 from edge_runtime.manifest import Manifest
+from edge_runtime.prepare import measure_ladder, prepare, unfit
 from edge_runtime.processing import Processor
-from edge_runtime.processing.build import build_processor
 from edge_runtime.processing.text_classification import TextClassification
+from edge_runtime.trial_messages import Report
 
-#: Other kernels for other batch sizes round differently, near 1e-7 of a value; scales shared by a batch
-#: show at 1e-2. Anything between is not expected, and counts as dependence.
-_TOLERANCE = 1e-5
-_PROBE_TEXTS = (
-    "turn the lights off",
-    "what is the weather like in berlin tomorrow morning, and do i need an umbrella",
-    "",
-    "zzzz " * 200,
-    "\U0001f600 \u00e4\u00f6\u00fc \u6771\u4eac",
-)
+_log = logging.getLogger(__name__)
+#: How long a model is warmed up and timed here; larger batches keep the timings of the trial.
+_WARM_UP_NS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a lane serves. `accept_threshold` None means that no answer is ever escalated as unsure."""
+    """What a lane serves. `accept_threshold` None means that no answer is ever escalated as unsure.
+
+    `ladder` is what batches cost, by rising rows; `memory_bytes` the most it took in its trial, None where it
+    had none; `batch_note` why it runs single rows although its bundle allows more.
+    """
 
     name: str
     version: str
@@ -45,6 +44,10 @@ class Model:
     manifest: Manifest
     stored_bytes: int
     signed_by: str | None
+    ladder: Ladder
+    load_ns: int
+    memory_bytes: int | None = None
+    batch_note: str = ""
 
     @property
     def info(self) -> ModelInfo:
@@ -58,44 +61,77 @@ class Model:
             is_batch_invariant=self.is_batch_invariant,
             digest=self.digest,
             accept_threshold=self.accept_threshold,
+            batch_note=self.batch_note,
+            load_ns=self.load_ns,
+            memory_bytes=self.memory_bytes,
+            ladder=self.ladder,
         )
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str], *, threads: int = 1, trust: Trust | None = None
+    name_or_path: str | os.PathLike[str],
+    *,
+    threads: int = 1,
+    trust: Trust | None = None,
+    max_batch: int | None = None,
+    first_loads: FirstLoads | None = None,
 ) -> Model:
-    """Find, verify and load a bundle, and test whether its rows depend on their neighbours.
+    """Find, verify, try and load a bundle.
 
-    `threads` is what the engine uses inside one operator; `trust` says whose signature is asked for.
-    Raises BundleError.
+    `threads` is what the engine uses inside one operator; `trust` says whose signature is asked for;
+    `max_batch` bounds what the bundle allows. Without `first_loads` the bundle is loaded untried: for tools
+    that have just made it. Raises BundleError.
     """
     bundle = load_bundle(find_bundle(name_or_path), trust)
+    report = None
+    if first_loads is not None:
+        report = first_loads.admit(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
+    return build_model(bundle, threads=threads, max_batch=max_batch, report=report)
+
+
+async def load_model_soon(
+    name_or_path: str | os.PathLike[str],
+    *,
+    threads: int,
+    trust: Trust,
+    max_batch: int,
+    first_loads: FirstLoads,
+) -> Model:
+    """As `load_model`; a trial does not hold up the event loop and ends with its caller."""
+    bundle = load_bundle(find_bundle(name_or_path), trust)
+    report = await first_loads.admit_soon(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
+    return build_model(bundle, threads=threads, max_batch=max_batch, report=report)
+
+
+def batch_limit(bundle: Bundle, max_batch: int | None) -> int:
+    """The most rows of a batch that both the bundle and the device allow."""
+    return min(bundle.manifest.batch.max, max_batch or bundle.manifest.batch.max)
+
+
+def build_model(
+    bundle: Bundle, *, threads: int = 1, max_batch: int | None = None, report: Report | None = None
+) -> Model:
+    """Load a verified bundle into this process and warm it up; `report` is of its trial. Raises BundleError."""
     manifest = bundle.manifest
-    processor = build_processor(manifest, bundle.files)
-    probes = _probes(processor)
-    engine = build_engine(
-        manifest.engine,
-        bundle.files[manifest.model],
-        max_batch=manifest.batch.max,
-        threads=threads,
-        is_batch_invariant=manifest.batch.invariant,
-        are_rows_alike=_are_alike(processor, probes),
-    )
+    started_ns = time.perf_counter_ns()
+    prepared = prepare(manifest, bundle.files, threads=threads, max_batch=batch_limit(bundle, max_batch))
+    load_ns = time.perf_counter_ns() - started_ns
+    engine = prepared.engine
     try:
-        (output,) = engine.run(probes[:1])
-        _check_output(processor, output)
-        if engine.max_batch > 1 and not rows_are_independent(engine, probes):
-            engine.deny_batches()
+        ladder = measure_ladder(prepared, _WARM_UP_NS)
     except EngineFailed as error:
-        raise BundleError(f"bundle {manifest.name!r} does not fit its model: {error}") from None
+        engine.close()
+        raise unfit(manifest, error) from None
+    if report is not None:
+        ladder += tuple(step for step in report.ladder if ladder[-1][0] < step[0] <= engine.max_batch)
     calibration = manifest.calibration
-    return Model(
+    model = Model(
         name=manifest.name,
         version=manifest.version,
         digest=bundle.digest,
         task=manifest.task,
         platform=f"{engine.name}_{manifest.engine}",
-        processor=processor,
+        processor=prepared.processor,
         engine=engine,
         max_batch=engine.max_batch,
         is_batch_invariant=engine.is_batch_invariant,
@@ -103,12 +139,13 @@ def load_model(
         manifest=manifest,
         stored_bytes=bundle.stored_bytes,
         signed_by=bundle.signed_by,
+        ladder=ladder,
+        load_ns=load_ns,
+        memory_bytes=None if report is None else report.memory_bytes,
+        batch_note=prepared.batch_note,
     )
-
-
-def sample_row(processor: Processor) -> Row:
-    """One plausible row, to warm up and to time an engine with."""
-    return _probes(processor)[0]
+    _tell(model)
+    return model
 
 
 def labels_of(processor: Processor) -> frozenset[bytes] | None:
@@ -116,65 +153,24 @@ def labels_of(processor: Processor) -> frozenset[bytes] | None:
     return frozenset(processor.labels) if isinstance(processor, TextClassification) else None
 
 
-def rows_are_independent(engine: Engine, probes: list[Row]) -> bool:
-    """Whether each probe gets the same answer alone as among the others, to 1e-5 of its largest value.
-
-    Rows of other shapes than the first are left out, since they never share its batch. Source: the
-    batch-safety gate for per-tensor dynamic quantisation, whose scale follows the largest neighbour.
-    """
-    shapes = [array.shape for array in probes[0]]
-    alike = [row for row in probes if [array.shape for array in row] == shapes][: engine.max_batch]
-    together = engine.run(alike)
-    for row, among in zip(alike, together, strict=True):
-        (alone,) = engine.run([row])
-        for one, other in zip(alone, among, strict=True):
-            limit = _TOLERANCE * max(1.0, float(np.abs(one).max(initial=0.0)))
-            if not np.allclose(one, other, rtol=0.0, atol=limit, equal_nan=True):
-                return False
-    return True
+def cost_of(info: ModelInfo) -> dict[str, object]:
+    """What a loaded model costs and how it may be batched, as JSON values for people and status."""
+    return {
+        "max_batch": info.max_batch,
+        "batch_invariant": info.is_batch_invariant,
+        "batch_note": info.batch_note,
+        "memory_mb": None if info.memory_bytes is None else round(info.memory_bytes / 1e6, 1),
+        "load_ms": round(info.load_ns / 1e6, 1),
+        "ladder_us": [[rows, round(ns / 1e3, 1)] for rows, ns in info.ladder],
+    }
 
 
-def _are_alike(processor: Processor, probes: list[Row]) -> bool:
-    """Whether all rows have the same shapes, as far as the signature and the probes tell."""
-    has_open_length = any(length < 0 for spec in processor.signature.inputs for length in spec.shape[1:])
-    return not has_open_length and len({tuple(array.shape for array in row) for row in probes}) == 1
-
-
-def _check_output(processor: Processor, output: Row) -> None:
-    """Refuse a model whose outputs are not what the processor reads or the signature promises."""
-    wanted: list[tuple[np.dtype[Any], tuple[int, ...]]]
-    if isinstance(processor, TextClassification):
-        wanted = [(np.dtype(np.float32), (len(processor.labels),))]
-    else:
-        specs = processor.signature.outputs
-        wanted = [(DTYPES[spec.datatype], spec.shape[1:]) for spec in specs]
-    fits = len(wanted) == len(output) and all(
-        array.dtype == dtype
-        and len(array.shape) == len(shape)
-        and all(want in (-1, have) for want, have in zip(shape, array.shape, strict=True))
-        for array, (dtype, shape) in zip(output, wanted, strict=True)
-    )
-    if not fits:
-        got = ", ".join(f"{array.dtype} {list(array.shape)}" for array in output)
-        raise EngineFailed(f"it returns {got} per row, which is not what the labels or the signature ask for")
-
-
-def _probes(processor: Processor) -> list[Row]:
-    """Rows as different as they can be: for texts long and odd ones, for numbers small and ever larger ones."""
-    specs = processor.signature.inputs
-    if specs[0].datatype == "BYTES":
-        return [processor.encode(text.encode()[:1000]) for text in _PROBE_TEXTS]
-    rng = np.random.default_rng(0)
-    inputs = []
-    for spec in specs:
-        # Open lengths are tried as 4; whole numbers stay at 0 and 1, which any table of a model has.
-        shape = (3, *(4 if length < 0 else length for length in spec.shape[1:]))
-        if spec.datatype.startswith("FP"):
-            data = rng.standard_normal(shape) * np.array([1.0, 50.0, 0.02]).reshape(
-                3, *[1] * (len(shape) - 1)
-            )
-        else:
-            data = rng.integers(0, 2, shape)
-        array = data.astype(DTYPES[spec.datatype])
-        inputs.append(Tensor(spec.name, spec.datatype, array.shape, array))
-    return [processor.encode(row) for row in processor.split(inputs)]
+def _tell(model: Model) -> None:
+    memory = "unknown" if model.memory_bytes is None else f"{model.memory_bytes / 1e6:.1f}"
+    _log.info(
+        "event=model_loaded model=%s version=%s digest=%.12s load_ms=%.1f memory_mb=%s max_batch=%d row_us=%.0f",
+        model.name, model.version, model.digest, model.load_ns / 1e6, memory, model.max_batch,
+        model.ladder[0][1] / 1e3,
+    )  # fmt: skip
+    if model.batch_note:
+        _log.warning("event=batches_denied model=%s why=%r", model.name, model.batch_note)

@@ -59,7 +59,7 @@ class VersionRecord:
         self._seen = now
         if self._path is not None:
             try:
-                _write_durably(self._path, msgspec.json.encode(now))
+                write_durably(self._path, msgspec.json.encode(now))
             except OSError as error:
                 _log.warning("event=version_record_not_kept path=%s error=%s", self._path, error.strerror)
 
@@ -80,7 +80,12 @@ def record_path(setting: str, program: str) -> Path | None:
     return Path(home) / program / "versions.json"
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def trials_path(record: Path | None) -> Path | None:
+    """Where what came of trials is kept: beside the record of versions, and like it not at all for None."""
+    return None if record is None else record.with_suffix(".trials.json")
+
+
+def write_durably(path: Path, content: bytes) -> None:
     """Old or new after a power cut, never half: write aside, sync, rename, sync the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".new")

@@ -14,10 +14,11 @@ from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.caching import Cache
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo
+from edge_runtime.first_load import FirstLoads
 from edge_runtime.joining import joining_of
 from edge_runtime.lane import INLINE_LIMIT_NS, Lane
-from edge_runtime.model import Model, labels_of, load_model, sample_row
-from edge_runtime.model_trust import VersionRecord, read_trust, record_path
+from edge_runtime.model import Model, cost_of, labels_of, load_model_soon
+from edge_runtime.model_trust import VersionRecord, read_trust, record_path, trials_path
 from edge_runtime.service import Outcome, ServedModel, Service
 
 if TYPE_CHECKING:
@@ -47,9 +48,16 @@ class Runtime:
         async with AsyncExitStack() as stack:
             models: dict[str, ServedModel] = {}
             record = VersionRecord(record_path(config.trust.record, "edge-runtime"))
+            first_loads = first_loads_of(config)
             trust = read_trust(config.trust.keys, allow_unsigned=config.trust.unsigned)
             for name in config.models:
-                model = load_model(name, threads=config.threads, trust=trust)
+                model = await load_model_soon(
+                    name,
+                    threads=config.threads,
+                    trust=trust,
+                    max_batch=config.batch.max,
+                    first_loads=first_loads,
+                )
                 served = _serve(model, config)
                 stack.push_async_callback(served.lane.close)
                 record.admit(model.name, model.version, model.digest, model.signed_by)
@@ -105,14 +113,22 @@ class Runtime:
             "name": info.name,
             "version": info.version,
             "platform": info.platform,
-            "max_batch": info.max_batch,
-            "batch_invariant": info.is_batch_invariant,
+            **cost_of(info),
             "accept_threshold": info.accept_threshold,
             "rows": statistics.requests.count,
             "batches": statistics.executions,
             "mean_batch": round(infer.count / statistics.executions, 2) if statistics.executions else None,
             "waiting": self.service.waiting(info.name),
         }
+
+
+def first_loads_of(config: Config) -> FirstLoads:
+    """What decides which models may be loaded under `config`."""
+    return FirstLoads(
+        trials_path(record_path(config.trust.record, "edge-runtime")),
+        memory_mb=config.limits.model_memory_mb,
+        lift="edge-runtime models verify --again",
+    )
 
 
 def _service(models: dict[str, ServedModel], config: Config, uplink: "Uplink | None") -> Service:
@@ -132,7 +148,7 @@ def _service(models: dict[str, ServedModel], config: Config, uplink: "Uplink | N
 def _serve(model: Model, config: Config) -> ServedModel:
     limits = QueueLimits(config.batch.max, config.batch.queue, config.batch.queue_bytes)
     lane = Lane(
-        model.name, model.processor, model.engine, limits, is_inline=measure_ns(model) <= INLINE_LIMIT_NS
+        model.name, model.processor, model.engine, limits, is_inline=model.ladder[0][1] <= INLINE_LIMIT_NS
     )
     info = model.info
     if config.escalation.accept is not None and info.accept_threshold is not None:
@@ -140,17 +156,6 @@ def _serve(model: Model, config: Config) -> ServedModel:
     return ServedModel(
         info, model.processor, lane, labels_of(model.processor), joining_of(model.manifest, model.processor)
     )
-
-
-def measure_ns(model: Model) -> float:
-    """Median engine time of one row, in nanoseconds, after warming up; by it the lane chooses where to run."""
-    row = sample_row(model.processor)
-    times: list[int] = []
-    for _ in range(12):
-        started_ns = time.perf_counter_ns()
-        model.engine.run([row])
-        times.append(time.perf_counter_ns() - started_ns)
-    return sorted(times[2:])[len(times[2:]) // 2]  # the first two pay for buffers and caches
 
 
 def _resident_mb() -> float | None:

@@ -23,7 +23,13 @@ def print_status(tree: dict[str, Any]) -> None:
         f"edge-runtime {tree['version']}: {ready}, up {tree['uptime_s']:.0f} s, {tree['memory_mb']} MB"
     )
     columns = ["name", "version", "rows", "batches", "mean_batch", "waiting", "max_batch", "accept_threshold"]
+    columns += ["memory_mb", "load_ms"]
     _print("models", columns, [[model[column] for column in columns] for model in tree["models"]])
+    for model in tree["models"]:
+        if model["batch_note"]:
+            Console(highlight=False).print(
+                f"{model['name']} runs single rows: {model['batch_note']}", markup=False
+            )
     columns = ["model", "origin", "reason", "rows"]
     if tree["answers"]:
         _print("answers", columns, [[answer[column] for column in columns] for answer in tree["answers"]])
@@ -35,19 +41,22 @@ def print_status(tree: dict[str, Any]) -> None:
 
 def print_models(rows: list[dict[str, Any]]) -> None:
     """Configured models, one line each."""
-    columns = ["name", "version", "task", "engine", "bytes"]
+    columns = ["name", "version", "task", "engine", "bytes", "memory_mb"]
     _print("models", columns, [[row[column] for column in columns] for row in rows])
 
 
 def print_manifest(tree: dict[str, Any]) -> None:
     """A bundle's manifest, the long lists shortened."""
     rows = []
+    loaded = tree.pop("loaded")
     for key, value in tree.items():
         text = str(value)
         rows.append(
             [key, text if len(text) <= 160 else f"{text[:150]}... ({len(text)} characters; see --json)"]
         )
     _print("bundle", ["field", "value"], rows)
+    steps = ", ".join(f"{count} in {us:g} us" for count, us in loaded.pop("ladder_us"))
+    _print("loaded", ["field", "value"], [*loaded.items(), ["batches", steps]])
 
 
 def print_config(tree: dict[str, Any]) -> None:

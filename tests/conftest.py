@@ -1,6 +1,7 @@
 """Fixtures of the real things: a broker, a runtime, a server. Ports come from the system; nothing sleeps."""
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -8,6 +9,9 @@ import subprocess
 
 import pytest
 from hypothesis import settings
+
+from edge_runtime.bundle import find_bundle, load_bundle
+from edge_runtime.first_load import FirstLoads
 
 #: `make soak` looks fifty times as long. Machines are shared: no example has a time limit.
 settings.register_profile("ci", max_examples=40, deadline=None)
@@ -64,10 +68,26 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.fixture(scope="session")
+def passed_trials(request):
+    """The trial of the shipped edge bundle, made once per version of the runner and kept between runs."""
+    runner = importlib.metadata.version("onnxruntime")
+    path = request.config.cache.mkdir("trials") / f"onnxruntime-{runner}.trials.json"
+    bundle = load_bundle(find_bundle("commands"))
+    first_loads = FirstLoads(path)
+    if first_loads.report_of(bundle.digest) is None:
+        first_loads.admit(bundle, threads=1, max_batch=bundle.manifest.batch.max)
+    return path
+
+
 @pytest.fixture(autouse=True)
-def state_home(tmp_path_factory, monkeypatch):
-    """No test touches the record of versions of whoever runs it."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+def state_home(tmp_path_factory, monkeypatch, passed_trials):
+    """No test touches the records of whoever runs it, nor tries the shipped bundle anew."""
+    home = tmp_path_factory.mktemp("state")
+    for program in ("edge-runtime", "cloud-fallback"):
+        (home / program).mkdir()
+        shutil.copy(passed_trials, home / program / "versions.trials.json")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
 
 

@@ -9,7 +9,8 @@ from edge_runtime.bundle import load_bundle, write_bundle
 from edge_runtime.core.errors import BundleError
 from edge_runtime.core.messages import Tensor
 from edge_runtime.engines.fake import FakeEngine
-from edge_runtime.model import load_model, rows_are_independent
+from edge_runtime.model import load_model
+from edge_runtime.prepare import difference_in_company
 
 QUESTIONS = {
     "turn off the kitchen lights please": "smart_home",
@@ -152,9 +153,11 @@ def test_the_self_test_finds_what_the_scan_cannot(tmp_path):
 
 def test_independence_on_a_fake():
     rows = [(np.array([float(i)]),) for i in range(3)]
-    assert rows_are_independent(FakeEngine(), rows)
+    assert difference_in_company(FakeEngine(), rows) == 0.0
     calls = []
-    assert not rows_are_independent(FakeEngine(lambda row: (row[0] + len(calls), calls.append(0))[:1]), rows)
+    assert (
+        difference_in_company(FakeEngine(lambda row: (row[0] + len(calls), calls.append(0))[:1]), rows) >= 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 
-import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -27,6 +26,7 @@ from edge_runtime.core.errors import BundleError, ConfigError
 from edge_runtime.model_trust import VersionRecord
 from edge_runtime.runtime import Runtime
 from tests.test_bundle import FIELDS, PAYLOADS
+from tests.test_model import DOUBLE, tensor_bundle
 
 PRIVATE, PUBLIC = signing.generate()
 OTHER_PRIVATE, OTHER_PUBLIC = signing.generate()
@@ -167,11 +167,7 @@ def test_keygen_sign_and_verify_as_a_user_does_them(folder, tmp_path):
 
 
 def signed(folder, version, private=PRIVATE, **changes):
-    shipped = load_bundle(bundle.find_bundle("commands"))
-    fields = msgspec.to_builtins(shipped.manifest) | {"version": version} | changes
-    for computed in ("format", "files"):
-        del fields[computed]
-    write_bundle(folder, fields, shipped.files)
+    tensor_bundle(folder, DOUBLE, version=version, **changes)
     sign_bundle(folder, private)
 
 
@@ -208,7 +204,7 @@ def test_an_older_version_is_refused_after_a_newer_one_has_run(tmp_path):
     start()
     record.write_bytes(b"{")  # a lost record is said aloud, and begun anew
     start()
-    assert json.loads(record.read_bytes())["commands"]["version"] == 2
+    assert json.loads(record.read_bytes())["tiny"]["version"] == 2
 
 
 def test_a_state_folder_that_cannot_be_written_stops_nobody(tmp_path, caplog):

@@ -18,6 +18,10 @@ class Engine(Protocol):
         """Whether a row's answer never depends on its neighbours."""
 
     @property
+    def batch_unsafe(self) -> frozenset[str]:
+        """Operators of the model which compute over all rows of a batch."""
+
+    @property
     def name(self) -> str:
         """What runs the model: "onnxruntime", "litert", "fake"."""
 

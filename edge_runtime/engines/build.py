@@ -29,4 +29,17 @@ def build_engine(
             is_batch_invariant=is_batch_invariant,
             are_rows_alike=are_rows_alike,
         )
-    raise BundleError(f"the bundle needs the engine {engine!r}; this release runs 'onnx'")
+    raise _unknown(engine)
+
+
+def engine_version(engine: str) -> str:
+    """Name and version of what runs a manifest's engine, which is imported for it. Raises BundleError."""
+    if engine == "onnx":
+        from edge_runtime.engines.onnx import VERSION  # noqa: PLC0415
+
+        return VERSION
+    raise _unknown(engine)
+
+
+def _unknown(engine: str) -> BundleError:
+    return BundleError(f"the bundle needs the engine {engine!r}; this release runs 'onnx'")

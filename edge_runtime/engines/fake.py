@@ -47,6 +47,11 @@ class FakeEngine:
         return self._is_batch_invariant
 
     @property
+    def batch_unsafe(self) -> frozenset[str]:
+        """None: it has no operators."""
+        return frozenset()
+
+    @property
     def name(self) -> str:
         """What runs the model."""
         return "fake"

@@ -16,6 +16,7 @@ from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import Array, Row
 from edge_runtime.engines.onnx_scan import scan
 
+VERSION = f"onnxruntime {ort.__version__}"
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -73,7 +74,7 @@ class OnnxEngine:
         in other files, has inputs this project cannot bind, or that the runtime refuses.
         """
         found = scan(model)
-        self.batch_unsafe = found.batch_unsafe
+        self._batch_unsafe = found.batch_unsafe
         self._is_batch_invariant = is_batch_invariant and not found.batch_unsafe
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -104,6 +105,11 @@ class OnnxEngine:
     def is_batch_invariant(self) -> bool:
         """Whether a row's answer never depends on its neighbours, as far as is known."""
         return self._is_batch_invariant
+
+    @property
+    def batch_unsafe(self) -> frozenset[str]:
+        """Operators whose scale or mean is taken over all rows of a batch."""
+        return self._batch_unsafe
 
     @property
     def name(self) -> str:

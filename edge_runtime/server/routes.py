@@ -186,6 +186,18 @@ def _metadata(model: ModelInfo) -> dict[str, Any]:
         "platform": model.platform,
         "inputs": [_tensor(spec) for spec in model.signature.inputs],
         "outputs": [_tensor(spec) for spec in model.signature.outputs],
+        "parameters": _parameters(model),
+    }
+
+
+def _parameters(model: ModelInfo) -> dict[str, Any]:
+    """What the protocol has no field for; its clients leave it alone."""
+    return {
+        "max_batch": model.max_batch,
+        "batch_invariant": model.is_batch_invariant,
+        **({"batch_note": model.batch_note} if model.batch_note else {}),
+        **({} if model.memory_bytes is None else {"memory_bytes": model.memory_bytes}),
+        "load_ms": round(model.load_ns / 1e6, 1),
     }
 
 
