@@ -3,7 +3,8 @@
     python -m tools.evaluate models/commands DATA.jsonl --split val --cloud models/commands-cloud --plot curve.png
 
 With `--cloud` both bundles answer every row for real; a point of the curve sends the least sure share of the
-in-scope rows to the cloud.
+in-scope rows to the cloud. What comes back is the answer the runtime gives: both tiers' evidence joined where
+the edge's bundle is fitted for this cloud (`python -m tools.fuse`), else the cloud's alone.
 """
 
 import argparse
@@ -14,10 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.bundle import find_bundle, load_bundle
 from edge_runtime.core.errors import EdgeRuntimeError
+from edge_runtime.core.fusion import pool
 from edge_runtime.model import load_model
 from tools.calibrate import expected_calibration_error
 from tools.rows import OOS, BadRows, LabelledText, read_rows
@@ -27,10 +31,14 @@ SHARES = (0.05, 0.10, 0.15, 0.20, 0.30)
 
 @dataclass(frozen=True)
 class Answers:
-    """A bundle's answer to each row: label names and calibrated confidences `[n]`."""
+    """A bundle's answer to each row: label names and calibrated confidences `[n]`.
+
+    `scores` are the log-probabilities `[n, labels]`, None for tasks that have none.
+    """
 
     labels: NDArray[np.str_]
     confidence: NDArray[np.float64]
+    scores: NDArray[np.float32] | None = None
 
 
 def answers_of(bundle: str, texts: Sequence[str], *, threads: int = 2) -> Answers:
@@ -41,6 +49,7 @@ def answers_of(bundle: str, texts: Sequence[str], *, threads: int = 2) -> Answer
         row = model.processor.encode(text.encode())
         groups.setdefault(tuple(array.shape for array in row), []).append((i, row))
     labels, confidence = [""] * len(texts), np.zeros(len(texts))
+    scores: list[NDArray[np.float32] | None] = [None] * len(texts)
     done = 0
     for members in groups.values():
         for start in range(0, len(members), model.max_batch):
@@ -49,11 +58,33 @@ def answers_of(bundle: str, texts: Sequence[str], *, threads: int = 2) -> Answer
                 answer = model.processor.decode(output)
                 assert isinstance(answer.values[0], bytes)
                 labels[i], confidence[i] = answer.values[0].decode(), answer.confidence or 0.0
+                scores[i] = answer.extras[0] if answer.extras else None
             done += len(part)
             if sys.stderr.isatty():
                 print(f"\r{bundle}: {done}/{len(texts)}", end="", file=sys.stderr)
     model.engine.close()
-    return Answers(np.array(labels), confidence)
+    known = [row for row in scores if row is not None]
+    return Answers(np.array(labels), confidence, np.stack(known) if len(known) == len(texts) else None)
+
+
+def joined(bundle: str, edge: Answers, cloud_bundle: str, cloud: Answers) -> Answers:
+    """What the runtime answers for escalated rows: joined where `bundle` is fitted for this cloud, else the cloud's."""
+    manifest = load_bundle(find_bundle(bundle)).manifest
+    fusion = manifest.calibration.fusion if manifest.calibration is not None else None
+    version = load_bundle(find_bundle(cloud_bundle)).manifest.version
+    if fusion is None or fusion.cloud_version != version or edge.scores is None or cloud.scores is None:
+        return cloud
+    pooled = pool(edge.scores, cloud.scores, fusion.edge_weight, fusion.cloud_weight)
+    best = pooled.argmax(1)
+    knots = np.array(fusion.knots)
+    labels = np.array(labels_of_bundle(bundle))
+    return Answers(labels[best], np.interp(np.exp(pooled.max(1)), knots[:, 0], knots[:, 1]), pooled)
+
+
+def labels_of_bundle(bundle: str) -> list[str]:
+    """The label names in the order of the scores."""
+    loaded = load_bundle(find_bundle(bundle))
+    return msgspec.json.decode(loaded.files[loaded.manifest.labels or ""], type=list[str])
 
 
 def alone(edge: Answers, truth: NDArray[np.str_]) -> dict[str, float]:
@@ -76,14 +107,14 @@ class Point:
     oos_escalated: float | None
 
 
-def cascade(edge: Answers, cloud: Answers, truth: NDArray[np.str_]) -> list[Point]:
-    """A point per in-scope row more that is escalated, the least sure first."""
+def cascade(edge: Answers, back: Answers, truth: NDArray[np.str_]) -> list[Point]:
+    """A point per in-scope row more that is escalated, the least sure first; `back` is what escalated rows get."""
     inside = truth != OOS
     order = np.argsort(edge.confidence[inside], kind="stable")
     n = len(order)
     right_edge = (edge.labels == truth)[inside][order]
 
-    gained = np.cumsum((cloud.labels == truth)[inside][order].astype(int) - right_edge.astype(int))
+    gained = np.cumsum((back.labels == truth)[inside][order].astype(int) - right_edge.astype(int))
     accuracy = (right_edge.sum() + np.concatenate([[0], gained])) / n
     bounds = np.append(edge.confidence[inside][order], np.inf)
     outside = edge.confidence[~inside]
@@ -141,8 +172,12 @@ def evaluate(
     if cloud is not None:
         second = answers_of(cloud, texts)
         report["cloud"] = {"bundle": cloud, **alone(second, truth)}
-        points = cascade(edge, second, truth)
+        back = joined(bundle, edge, cloud, second)
+        points = cascade(edge, back, truth)
         report["cascade"] = summary(points, report["cloud"]["accuracy"])
+        report["cascade"]["joined"] = back is not second
+        if back is not second:
+            report["cascade"]["ece"] = expected_calibration_error(back.confidence, back.labels == truth)
         if picture is not None:
             plot(points, report["cloud"]["accuracy"], picture)
     return report
@@ -157,6 +192,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
     ]
     if "cascade" in report:
         found = report["cascade"]
+        lines.append(
+            "escalated rows get "
+            + ("both tiers' joined evidence" if found["joined"] else "the cloud's answer")
+        )
         lines.append("| in scope escalated | accuracy | out of scope escalated |\n|---|---|---|")
         lines += [
             f"| {p['offload']:.0%} | {p['accuracy']:.2%} | "
