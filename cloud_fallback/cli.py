@@ -134,7 +134,7 @@ async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "
         model = await load_model_soon(
             name, threads=config.threads, trust=trust, max_batch=config.max_batch, first_loads=first_loads
         )
-        record.admit(model.name, model.version, model.digest, model.signed_by)
+        record.admit(model.name, model.manifest.engine, model.version, model.digest, model.signed_by)
         limits = QueueLimits(config.max_batch, config.queue)
         lane = Lane(model.name, model.processor, model.engine, limits, is_inline=False)
         stack.push_async_callback(lane.close)

@@ -49,11 +49,14 @@ class VersionRecord:
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             _log.warning("event=version_record_reset path=%s error=%s", path, error)
 
-    def admit(self, name: str, version: str, digest: str, signed_by: str | None) -> None:
-        """Refuse an older version with BundleError; remember a newer one. Unsigned bundles have no history."""
+    def admit(self, name: str, engine: str, version: str, digest: str, signed_by: str | None) -> None:
+        """Refuse an older version with BundleError; remember a newer one. Unsigned bundles have no history.
+
+        `engine` is the manifest's word: both formats of one version may run by turns.
+        """
         if signed_by is None:
             return
-        now = admit(self._seen, name, Seen(signed_by, int(version), digest))
+        now = admit(self._seen, name, engine, Seen(signed_by, int(version), digest))
         if now == self._seen:
             return
         self._seen = now

@@ -60,7 +60,7 @@ class Runtime:
                 )
                 served = _serve(model, config)
                 stack.push_async_callback(served.lane.close)
-                record.admit(model.name, model.version, model.digest, model.signed_by)
+                record.admit(model.name, model.manifest.engine, model.version, model.digest, model.signed_by)
                 if served.info.name in models:
                     raise ConfigError(f"models: {served.info.name} is listed twice; remove one of them.")
                 models[served.info.name] = served

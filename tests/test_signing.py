@@ -210,10 +210,10 @@ def test_an_older_version_is_refused_after_a_newer_one_has_run(tmp_path):
 def test_a_state_folder_that_cannot_be_written_stops_nobody(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     record = VersionRecord(tmp_path / "file" / "versions.json")
-    record.admit("m", "1", "d", "k")
+    record.admit("m", "onnx", "1", "d", "k")
     assert "version_record_not_kept" in caplog.text
     with pytest.raises(BundleError):
-        record.admit("m", "0", "d", "k")
+        record.admit("m", "onnx", "0", "d", "k")
 
 
 def test_a_folder_becomes_a_signed_bundle(tmp_path):
