@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OWNERS = {
     "paho": "edge_runtime.mqtt",
     "onnxruntime": "edge_runtime.engines.onnx",
+    "ai_edge_litert": "edge_runtime.engines.litert",
+    "tflite_runtime": "edge_runtime.engines.litert",
     "zstandard": "edge_runtime.compression",
     "httptools": "edge_runtime.server.connection",
     "cryptography": "edge_runtime.signing",

@@ -163,7 +163,7 @@ def test_independence_on_a_fake():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"engine": "tflite"}, "engine"),
+        ({"engine": "pickle"}, "engine"),
         ({"processing": {"kind": "python", "version": "1"}}, "processing"),
         ({"processing": {"kind": "tensors", "version": "99"}}, "processing"),
         ({**TEXT, "processing": {"kind": "text_ngrams", "version": "1"}}, "slots"),

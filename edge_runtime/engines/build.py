@@ -1,5 +1,7 @@
 """From the word for an engine in a manifest to the engine; runtimes are imported here and only when needed."""
 
+from types import ModuleType
+
 from edge_runtime.core.errors import BundleError
 from edge_runtime.engines import Engine
 
@@ -13,7 +15,7 @@ def build_engine(
     is_batch_invariant: bool = True,
     are_rows_alike: bool = False,
 ) -> Engine:
-    """Load the plain bytes of a model into the engine that a manifest names ("onnx").
+    """Load the plain bytes of a model into the engine that a manifest names ("onnx", "tflite").
 
     `threads` is what the engine uses inside one operator; `is_batch_invariant` is the maker's claim, and
     `are_rows_alike` says that all rows have the same shapes. Raises BundleError.
@@ -29,6 +31,11 @@ def build_engine(
             is_batch_invariant=is_batch_invariant,
             are_rows_alike=are_rows_alike,
         )
+    if engine == "tflite":
+        loaded: Engine = _litert().LitertEngine(
+            model, max_batch=max_batch, threads=threads, is_batch_invariant=is_batch_invariant
+        )
+        return loaded
     raise _unknown(engine)
 
 
@@ -38,8 +45,22 @@ def engine_version(engine: str) -> str:
         from edge_runtime.engines.onnx import VERSION  # noqa: PLC0415
 
         return VERSION
+    if engine == "tflite":
+        version: str = _litert().VERSION
+        return version
     raise _unknown(engine)
 
 
+def _litert() -> ModuleType:
+    try:
+        from edge_runtime.engines import litert  # noqa: PLC0415
+    except ImportError as error:
+        raise BundleError(
+            f"the bundle is a TFLite model, and no runtime for it can be imported ({error}); "
+            "run: pip install 'edge-runtime[tflite]'"
+        ) from None
+    return litert
+
+
 def _unknown(engine: str) -> BundleError:
-    return BundleError(f"the bundle needs the engine {engine!r}; this release runs 'onnx'")
+    return BundleError(f"the bundle needs the engine {engine!r}; this release runs 'onnx' and 'tflite'")

@@ -1,0 +1,191 @@
+"""A walk over the bytes of a TFLite model, before the runtime sees them: broken offsets, data elsewhere, state.
+
+The runtime checks a file only in part, and an offset that leads outside ends the process, so every table, vector
+and index that it follows is checked here first; options of operators are the exception, their tables are
+checked and what they point to is not. Field numbers are those of TensorFlow Lite's schema.fbs, version 3. The
+walk needs no `flatbuffers` package.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from edge_runtime.core.errors import BundleError
+
+_IDENTIFIER = b"TFL3"
+#: Tables may share parts, so that a small file can describe a walk without end. The largest models have
+#: some 10,000 tensors and operators, each a few steps.
+_MAX_STEPS = 500_000
+_CUSTOM = 32
+#: One caller's rows would leave something behind for the next: CALL_ONCE, hash tables, variables.
+_KEEPS_STATE = frozenset({129, 136, 137, 138, 139, 142, 143, 144})
+
+
+def scan(model: bytes) -> None:
+    """Walk a serialised model.
+
+    Raises BundleError for bytes that are no TFLite file or lead outside of it, weights kept elsewhere, custom
+    operators, and state that outlives a call.
+    """
+    if len(model) < 8 or model[4:8] != _IDENTIFIER:
+        raise _broken()
+    file = _File(model)
+    try:
+        _model(_Table(file, file.offset(0)))
+    except struct.error:
+        raise _broken() from None
+
+
+def _broken() -> BundleError:
+    return BundleError("the model is not a readable TFLite file; export it again")
+
+
+def _elsewhere() -> BundleError:
+    return BundleError("the model keeps data outside of its tables, which is refused; export it below 2 GB")
+
+
+class _File:
+    """Reads numbers at checked places and counts how many; struct refuses what lies outside."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self._steps = 0
+
+    def number(self, kind: str, at: int) -> int:
+        self._steps += 1
+        if at < 0 or self._steps > _MAX_STEPS:
+            raise _broken()
+        value: int = struct.unpack_from(f"<{kind}", self.data, at)[0]
+        return value
+
+    def offset(self, at: int) -> int:
+        """Where the forward reference at `at` leads."""
+        return at + self.number("I", at)
+
+    def vector(self, at: int, item_bytes: int) -> range:
+        """Places of the items of the vector at `at`, all inside of the file."""
+        count = self.number("I", at)
+        end = at + 4 + count * item_bytes
+        if end > len(self.data):
+            raise _broken()
+        return range(at + 4, end, item_bytes)
+
+
+class _Table:
+    """A table of the file; fields are asked for by their number in the schema."""
+
+    def __init__(self, file: _File, at: int) -> None:
+        self._file, self._at = file, at
+        self._fields = at - file.number("i", at)
+        self._fields_bytes = file.number("H", self._fields)
+        self._bytes = file.number("H", self._fields + 2)
+        if min(self._fields_bytes, self._bytes) < 4 or at + self._bytes > len(file.data):
+            raise _broken()
+
+    def _place(self, field: int) -> int | None:
+        entry = 4 + 2 * field
+        if entry + 2 > self._fields_bytes:
+            return None
+        inside = self._file.number("H", self._fields + entry)
+        if inside >= self._bytes:
+            raise _broken()
+        return self._at + inside if inside else None
+
+    def number(self, field: int, kind: str, default: int = 0) -> int:
+        place = self._place(field)
+        return default if place is None else self._file.number(kind, place)
+
+    def vector(self, field: int, item_bytes: int) -> range:
+        place = self._place(field)
+        return range(0) if place is None else self._file.vector(self._file.offset(place), item_bytes)
+
+    def numbers(self, field: int) -> Iterator[int]:
+        return (self._file.number("i", at) for at in self.vector(field, 4))
+
+    def tables(self, field: int) -> "list[_Table]":
+        return [_Table(self._file, self._file.offset(at)) for at in self.vector(field, 4)]
+
+    def table(self, field: int) -> "_Table | None":
+        place = self._place(field)
+        return None if place is None else _Table(self._file, self._file.offset(place))
+
+
+def _model(model: _Table) -> None:
+    operators = [_operator_code(code) for code in model.tables(1)]
+    buffers = model.tables(4)
+    for buffer in buffers:
+        buffer.vector(0, 1)
+        # 0 and 1 are what writers put where the bytes are in the table itself.
+        if buffer.number(1, "Q") > 1 or buffer.number(2, "Q") > 1:
+            raise _elsewhere()
+    if model.vector(8, 4) or model.vector(9, 4):  # external buffer groups, external buffers
+        raise _elsewhere()
+    model.vector(3, 1)
+    _check_all(model.numbers(5), len(buffers))
+    for entry in model.tables(6):
+        entry.vector(0, 1)
+        _check(entry.number(1, "I"), len(buffers))
+    graphs = model.tables(2)
+    sizes = [_graph(graph, len(operators), len(buffers)) for graph in graphs]
+    for signature in model.tables(7):
+        graph = signature.number(4, "I")
+        _check(graph, len(sizes))
+        signature.vector(2, 1)
+        for entry in (*signature.tables(0), *signature.tables(1)):
+            entry.vector(0, 1)
+            _check(entry.number(1, "I"), sizes[graph])
+
+
+def _operator_code(code: _Table) -> int:
+    # The old field is a byte and stays at 127 for newer operators.
+    operator = max(code.number(0, "b"), code.number(3, "i"))
+    if operator == _CUSTOM or code.vector(1, 1):
+        raise BundleError("the model uses custom operators, which this runtime refuses; export it without")
+    if operator in _KEEPS_STATE:
+        raise _stateful()
+    return operator
+
+
+def _stateful() -> BundleError:
+    return BundleError(
+        "the model keeps state between calls, which would leak from row to row; export it without variables"
+    )
+
+
+def _graph(graph: _Table, operators: int, buffers: int) -> int:
+    """Check a sub-graph; return how many tensors it has."""
+    tensors = graph.tables(0)
+    for tensor in tensors:
+        tensor.vector(0, 4)
+        tensor.vector(3, 1)
+        tensor.vector(7, 4)
+        _check(tensor.number(2, "I"), buffers)
+        if tensor.number(5, "B"):
+            raise _stateful()
+        if tensor.number(10, "I"):
+            raise _elsewhere()
+        if quantisation := tensor.table(4):
+            for field, item_bytes in ((0, 4), (1, 4), (2, 4), (3, 8)):
+                quantisation.vector(field, item_bytes)
+    count = len(tensors)
+    _check_all(graph.numbers(1), count)
+    _check_all(graph.numbers(2), count)
+    for node in graph.tables(3):
+        _check(node.number(0, "I"), operators)
+        for field in (1, 2, 8):
+            _check_all(node.numbers(field), count, least=-1)  # -1: an optional tensor that is not there
+        node.table(4)
+        node.vector(5, 1)
+        node.vector(7, 1)
+        if node.number(9, "Q") > 1 or node.number(10, "Q") > 1:
+            raise _elsewhere()
+    return count
+
+
+def _check(index: int, count: int, least: int = 0) -> None:
+    if not least <= index < count:
+        raise _broken()
+
+
+def _check_all(indices: Iterator[int], count: int, least: int = 0) -> None:
+    for index in indices:
+        _check(index, count, least)
