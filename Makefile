@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test soak check format bench models perf clean broker
+.PHONY: help demo test soak check format bench models perf clean broker tflite litert
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,7 +27,35 @@ check: $(READY) ## lint, formatting, strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test: $(READY) broker check ## everything that must hold
+# What tests of TFLite models need besides a runtime for them.
+TFLITE_TESTS := --editable . onnx flatbuffers pytest hypothesis
+
+.venv-litert/.ready: pyproject.toml
+	@echo "installing into .venv-litert (half a minute)"
+	@$(PYTHON) -m venv .venv-litert
+	@.venv-litert/bin/python -m pip install --quiet --no-compile --disable-pip-version-check 'ai-edge-litert>=2.0' $(TFLITE_TESTS)
+	@touch $@
+
+.venv-tflite/.ready: pyproject.toml
+	@echo "installing into .venv-tflite (half a minute)"
+	@$(PYTHON) -m venv .venv-tflite
+	@.venv-tflite/bin/python -m pip install --quiet --no-compile --disable-pip-version-check 'tflite-runtime>=2.14' 'numpy<2' $(TFLITE_TESTS)
+	@touch $@
+
+litert: .venv-litert/.ready
+	@EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_litert.py
+
+# tflite-runtime, for 32-bit Arm, has no wheels for a Python newer than 3.11.
+PYTHON_MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info[1])' 2>/dev/null)
+ifeq ($(PYTHON_MINOR),11)
+tflite: litert .venv-tflite/.ready ## TFLite models, under LiteRT and under tflite-runtime
+	@EDGE_RUNTIME_TFLITE=tflite_runtime .venv-tflite/bin/python -m pytest tests/test_litert.py
+else
+tflite: litert
+	@echo "skipped: tflite-runtime needs Python 3.11, and $(PYTHON) is 3.$(PYTHON_MINOR)"
+endif
+
+test: $(READY) broker check tflite ## everything that must hold
 	@$(BIN)/python -m pytest
 
 soak: $(READY) ## property tests of the core, fifty times as long as in test
@@ -47,4 +75,4 @@ models: $(READY) ## remake the shipped bundles (half an hour): make models DATA=
 	@DATA="$(DATA)" ./tools/make_models.sh
 
 clean: ## remove what the other targets made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-litert .venv-tflite .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
