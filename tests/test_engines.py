@@ -263,6 +263,20 @@ def test_broken_protobuf_is_refused(raw):
         OnnxEngine(raw, max_batch=1)
 
 
+@pytest.mark.parametrize("name", [b"<in>", b"<out>"])
+def test_a_name_that_is_no_text_is_a_bundle_error(name, capfd):
+    value = helper.make_tensor_value_info
+    good = model(
+        [helper.make_node("MatMul", ["<in>", "w"], ["<out>"])],
+        inputs=[value("<in>", TensorProto.FLOAT, ["n", 2])],
+        outputs=[value("<out>", TensorProto.FLOAT, ["n", 3])],
+    )
+    OnnxEngine(good, max_batch=1)
+    with pytest.raises(BundleError, match="cannot be loaded"):
+        OnnxEngine(good.replace(name, b"\xff" * len(name)), max_batch=1)
+    assert capfd.readouterr().out == ""
+
+
 def test_what_the_runtime_refuses_is_a_bundle_error():
     with pytest.raises(BundleError):
         OnnxEngine(b"", max_batch=1)

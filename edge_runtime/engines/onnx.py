@@ -78,12 +78,18 @@ class OnnxEngine(BucketedEngine[_Bound]):
         # Spinning burns most of a core between sparse requests.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session: Any = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            # Without the fallback: it would print, and load the same file on the same provider once more.
+            self._session: Any = ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            # A name that is no text is found only when it is read.
+            inputs = [(node.name, node.type, node.shape) for node in self._session.get_inputs()]
+            outputs = [(node.name, node.type, node.shape) for node in self._session.get_outputs()]
         except Exception as error:  # noqa: BLE001 - the runtime has no public error class
             raise BundleError(f"the model cannot be loaded ({first_line(error)}); export it again") from None
         super().__init__(
-            [_port(node, "input") for node in self._session.get_inputs()],
-            [_port(node, "output") for node in self._session.get_outputs()],
+            [_port(*each, "input") for each in inputs],
+            [_port(*each, "output") for each in outputs],
             max_batch=max_batch,
             is_batch_invariant=is_batch_invariant,
             batch_unsafe=found.batch_unsafe,
@@ -117,7 +123,7 @@ class OnnxEngine(BucketedEngine[_Bound]):
         return _Bound(inputs, 0, binding, outputs)
 
 
-def _port(node: Any, side: str) -> Port:
-    shape = [length if isinstance(length, int) else None for length in node.shape]
-    kind = _DTYPES.get(node.type)
-    return port(node.name, side, None if kind is None else np.dtype(kind), shape)
+def _port(name: str, kind: str, lengths: list[int | str | None], side: str) -> Port:
+    shape = [length if isinstance(length, int) else None for length in lengths]
+    dtype = _DTYPES.get(kind)
+    return port(name, side, None if dtype is None else np.dtype(dtype), shape)
