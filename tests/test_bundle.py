@@ -3,13 +3,24 @@
 import hashlib
 import json
 import os
+import socket
+import stat
 from pathlib import Path
 
 import msgspec
 import pytest
 import zstandard
 
-from edge_runtime.bundle import MAX_MANIFEST_BYTES, find_bundle, load_bundle, write_bundle
+from edge_runtime import signing
+from edge_runtime.bundle import (
+    MAX_MANIFEST_BYTES,
+    SIGNATURE,
+    Trust,
+    find_bundle,
+    load_bundle,
+    sign_bundle,
+    write_bundle,
+)
 from edge_runtime.compression import compress
 from edge_runtime.core.errors import BundleError
 from edge_runtime.manifest import MANIFEST, is_id
@@ -56,9 +67,9 @@ def replace_payload(folder: Path, stored: bytes, **changes):
     edit_file(folder, stored_size=len(stored), stored_sha256=digest, **changes)
 
 
-def refused(folder: Path, words: str = "bundle"):
+def refused(folder: Path, words: str = "bundle", trust=None):
     with pytest.raises(BundleError, match=words) as caught:
-        load_bundle(folder)
+        load_bundle(folder, trust)
     assert "\n" not in str(caught.value)
     assert str(folder.parent) not in str(caught.value)
 
@@ -113,27 +124,70 @@ def test_longer_files_are_refused(folder):
     refused(folder, "allowed")
 
 
-@pytest.mark.parametrize("name", ["model.onnx.zst", MANIFEST])
-def test_links_are_refused(folder, tmp_path, name):
-    aside = tmp_path / "aside"
+@pytest.mark.parametrize("name", ["model.onnx.zst", "notes.txt.zst", MANIFEST, SIGNATURE])
+def test_what_is_no_plain_file_of_its_own_is_refused(folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(signing, "verify_apart", signing.verify)  # without a process for each check
+    private, public = signing.generate()
+    sign_bundle(folder, private)
+    aside, trust = tmp_path / "aside", Trust((public,))
     (folder / name).rename(aside)
     (folder / name).symlink_to(aside)
-    refused(folder, "cannot be opened")
+    refused(folder, "cannot be opened", trust)
+    (folder / name).unlink()
+    (folder / name).symlink_to("nowhere")
+    refused(folder, "cannot be opened", trust)
     (folder / name).unlink()
     os.link(aside, folder / name)
-    refused(folder, "not a plain file")
+    refused(folder, "not a plain file", trust)
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    refused(folder, "not a plain file")
+    refused(folder, "not a plain file", trust)
+    (folder / name).unlink()
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = Path.cwd()
+        os.chdir(folder)  # a socket's path may have 107 bytes at most
+        try:
+            listening.bind(name)
+        finally:
+            os.chdir(here)
+    refused(folder, "cannot be opened", trust)
     (folder / name).unlink()
     (folder / name).mkdir()
-    refused(folder)
+    refused(folder, "not a plain file", trust)
+    (folder / name).rmdir()
+    aside.rename(folder / name)
+    load_bundle(folder, trust)
 
 
-def test_unlisted_and_missing_files_are_refused(folder):
-    (folder / "extra.txt").write_text("x")
-    refused(folder, "not listed")
-    (folder / "extra.txt").unlink()
+def test_a_device_is_refused(folder):
+    (folder / "notes.txt.zst").unlink()
+    try:
+        os.mknod(folder / "notes.txt.zst", stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    refused(folder, "not a plain file|cannot be opened")
+
+
+def test_a_folder_may_be_named_by_a_link_and_is_read_as_one(folder, tmp_path):
+    (tmp_path / "current").symlink_to(folder)
+    assert dict(load_bundle(tmp_path / "current").files) == PAYLOADS
+
+
+@pytest.mark.parametrize("name", [b"extra.txt", b".hidden", b"model.onnx", b"x.so", b"\xff\xfe", b"a\nb"])
+def test_unlisted_files_are_refused_whatever_they_are(folder, name):
+    extra = folder / os.fsdecode(name)
+    for make, remove in (
+        (extra.touch, extra.unlink),
+        (lambda: extra.symlink_to("x"), extra.unlink),
+        (extra.mkdir, extra.rmdir),
+    ):
+        make()
+        refused(folder, "not listed")
+        remove()
+    load_bundle(folder)
+
+
+def test_missing_files_are_refused(folder):
     (folder / "notes.txt.zst").unlink()
     refused(folder, "cannot be opened")
 
@@ -141,6 +195,15 @@ def test_unlisted_and_missing_files_are_refused(folder):
 NAMES = [
     "..",
     "../x.txt",
+    "a/../b.txt",
+    "%2e%2e",
+    "A.txt",
+    "x" * 300 + ".txt",
+    ".txt",
+    "-x.txt",
+    "a\\b.txt",
+    "a\n.txt",
+    "\u0430.txt",
     "a/b.txt",
     "/etc/passwd.txt",
     "a\0.txt",

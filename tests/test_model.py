@@ -1,7 +1,9 @@
 """Whole models: the shipped bundles answer rightly, alone and in company; unfit ones are refused in a sentence."""
 
+import msgspec
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -149,6 +151,32 @@ def test_the_self_test_finds_what_the_scan_cannot(tmp_path):
     assert model.max_batch == 1
     assert not model.is_batch_invariant
     assert not model.info.is_batch_invariant
+
+
+def test_a_dynamically_quantised_model_runs_single_rows_and_says_why(tmp_path, caplog):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    weights = [
+        numpy_helper.from_array(np.random.default_rng(0).standard_normal((2, 2)).astype(np.float32), "w")
+    ]
+    folder = tensor_bundle(
+        tmp_path / "tiny", [helper.make_node("MatMul", ["x", "w"], ["y"])], weights=weights
+    )
+    assert load_model(folder).max_batch == 8
+    plain = onnx.ModelProto.FromString(load_bundle(folder).files["model.onnx"])
+    quantization.quantize_dynamic(plain, tmp_path / "quantised.onnx")
+    fields = msgspec.to_builtins(load_bundle(folder).manifest) | {"name": "dynamic"}
+    del fields["format"], fields["files"]
+    payloads = {"model.onnx": (tmp_path / "quantised.onnx").read_bytes()}
+    write_bundle(tmp_path / "dynamic", fields, payloads)
+    model = load_model(tmp_path / "dynamic")
+    assert (model.max_batch, model.is_batch_invariant) == (1, False)
+    assert model.batch_note == "DynamicQuantizeLinear computes over all rows of a batch"
+    assert caplog.text.count("event=batches_denied model=dynamic") == 1
+    # And rightly so: were the scan blind, the self-test would see it.
+    raw = onnxruntime.InferenceSession(payloads["model.onnx"])
+    row, neighbour = np.array([[0.3, 0.7]], np.float32), np.array([[50.0, -50.0]], np.float32)
+    (alone,), (among,) = raw.run(None, {"x": row}), raw.run(None, {"x": np.concatenate([row, neighbour])})
+    assert np.abs(alone[0] - among[0]).max() > 1e-2
 
 
 def test_independence_on_a_fake():

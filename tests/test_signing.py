@@ -51,20 +51,6 @@ def test_a_signed_bundle_loads_and_names_its_signer(folder):
     assert load_bundle(folder, Trust((OTHER_PUBLIC, PUBLIC))).signed_by == signing.key_id(PUBLIC)
 
 
-def test_nothing_is_parsed_of_a_manifest_or_signature_with_any_byte_changed(folder, quick, monkeypatch):
-    def parse(*_):
-        raise AssertionError("parsed before it was believed")
-
-    monkeypatch.setattr(bundle, "parse_manifest", parse)
-    for name in (MANIFEST, SIGNATURE):
-        whole = (folder / name).read_bytes()
-        for at in range(len(whole)):
-            (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 0x01]) + whole[at + 1 :])
-            with pytest.raises(BundleError, match="bundle 'tiny'"):
-                load_bundle(folder, TRUST)
-        (folder / name).write_bytes(whole)
-
-
 @pytest.mark.parametrize("spoil", [lambda s: b"", lambda s: s[:-1], lambda s: s + b"x", lambda s: s * 9])
 def test_a_signature_file_of_odd_length_is_damaged(folder, quick, spoil):
     (folder / SIGNATURE).write_bytes(spoil((folder / SIGNATURE).read_bytes()))
