@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test soak check format bench models perf clean broker tflite litert
+.PHONY: help demo test soak fuzz check format bench models perf clean broker tflite litert
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -60,6 +60,9 @@ test: $(READY) broker check tflite ## everything that must hold
 
 soak: $(READY) ## property tests of the core, fifty times as long as in test
 	@EDGE_RUNTIME_TESTS=soak $(BIN)/python -m pytest tests/core
+
+fuzz: $(READY) ## 10,000 broken model files per format, every byte of a bundle flipped (half an hour)
+	@EDGE_RUNTIME_FUZZ=10000 $(BIN)/python -m pytest tests/test_hostile_models.py tests/test_flipped_bytes.py
 
 format: $(READY) ## put the code into shape
 	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format --quiet .

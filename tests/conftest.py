@@ -69,10 +69,12 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
-def passed_trials(request):
+def passed_trials(request, tmp_path_factory):
     """The trial of the shipped edge bundle, made once per version of the runner and kept between runs."""
     runner = importlib.metadata.version("onnxruntime")
-    path = request.config.cache.mkdir("trials") / f"onnxruntime-{runner}.trials.json"
+    cache = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
+    folder = cache.mkdir("trials") if cache else tmp_path_factory.mktemp("trials")
+    path = folder / f"onnxruntime-{runner}.trials.json"
     bundle = load_bundle(find_bundle("commands"))
     first_loads = FirstLoads(path)
     if first_loads.report_of(bundle.digest) is None:
