@@ -1,98 +1,205 @@
-"""Fit what turns logits into the probability that an answer is right, and choose the threshold to keep it."""
+"""Fit a bundle's confidence anew to labelled texts of your own.
 
-from dataclasses import dataclass
+    python -m tools.calibrate ./my-bundle FRESH.jsonl --key my-key
 
+The model stays as it is; temperature, map, threshold and certificates are fitted to the rows, and the bundle's version
+goes up by one. At least 200 rows the model has not learned from are needed.
+"""
+
+import argparse
+import datetime as dt
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_runtime.manifest import CalibrationEntry
-
-#: Rows per knot before merging; 30 knots stay below the format's 32 and need about 100 rows each.
-KNOTS = 30
-BINS = 15
-
-
-@dataclass(frozen=True)
-class Report:
-    """Shares of validation rows. `ece` comes from folds that fitted nothing of what they measure."""
-
-    accuracy: float
-    oos_recall: float
-    escalated: float
-    kept_accuracy: float
-    oos_escalated: float
-    ece: float
+from edge_runtime.bundle import SIGNATURE, Bundle, find_bundle, load_bundle, sign_bundle, write_bundle
+from edge_runtime.core.errors import EdgeRuntimeError
+from edge_runtime.manifest import CertificateEntry
+from tools.calibration.certificates import MIN_ROWS
+from tools.calibration.fit import ESCALATE, Calibrated, calibrate
+from tools.pack import bundle_logits, refuse_other_folder
+from tools.rows import OOS, BadRows, LabelledText, digest_of, read_rows, shortened
+from tools.trained_rows import found_in, read_trained
 
 
-def scores_of(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
-    """The largest softmax value of each row at `temperature`."""
-    scaled = logits.astype(np.float64) / temperature
-    return np.asarray(1.0 / np.exp(scaled - scaled.max(1, keepdims=True)).sum(1))
+def fresh_rows(bundle: Bundle, rows: Sequence[LabelledText], where: str) -> list[LabelledText]:
+    """The rows that may calibrate: of labels the bundle knows, and not among its training rows.
 
-
-def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """The temperature of least negative log-likelihood (Guo et al. 2017), to about 1 %."""
-
-    def loss(temperature: float) -> float:
-        scaled = logits.astype(np.float64) / temperature
-        scaled -= scaled.max(1, keepdims=True)
-        chosen = scaled[np.arange(len(labels)), labels]
-        return float((np.log(np.exp(scaled).sum(1)) - chosen).mean())
-
-    return float(min(np.geomspace(0.1, 10.0, 460), key=loss))
-
-
-def fit_knots(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
-    """Isotonic regression over bins of equal mass: pools of falling neighbours become one knot."""
-    order = np.argsort(scores, kind="stable")
-    pools = [(part.size, scores[part].mean(), right[part].mean()) for part in np.array_split(order, KNOTS)]
-    merged: list[tuple[int, float, float]] = []
-    for pool in pools:
-        merged.append(pool)
-        while len(merged) > 1 and (merged[-1][2] <= merged[-2][2] or merged[-1][1] <= merged[-2][1] + 1e-9):
-            (n, s, p), (m, t, q) = merged[-2:]
-            merged[-2:] = [(n + m, (n * s + m * t) / (n + m), (n * p + m * q) / (n + m))]
-    # No finite sample shows certainty: Laplace's rule bounds what may be claimed.
-    edge = 1.0 / (len(scores) + 2)
-    knots = [(float(s), float(np.clip(p, edge, 1.0 - edge))) for _, s, p in merged]
-    return tuple(knots) if len(knots) > 1 else ((0.0, knots[0][1]), (1.0, knots[0][1]))
-
-
-def apply_knots(scores: NDArray[np.float64], knots: tuple[tuple[float, float], ...]) -> NDArray[np.float64]:
-    """Probability of being right for each score."""
-    return np.asarray(np.interp(scores, [s for s, _ in knots], [p for _, p in knots]))
-
-
-def expected_calibration_error(chances: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """Mean distance of claimed and true accuracy over 15 bins of equal mass."""
-    parts = np.array_split(np.argsort(chances, kind="stable"), BINS)
-    return float(sum(len(p) * abs(chances[p].mean() - right[p].mean()) for p in parts if len(p)) / len(right))
-
-
-def calibrate(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], oos: int, *, escalate: float, fitted_on: str
-) -> tuple[CalibrationEntry, Report]:
-    """Fit on rows the model has not seen; out-of-scope rows answered in scope count as wrong.
-
-    The threshold sends the least sure share `escalate` of the in-scope rows to the cloud.
+    Rows out of scope are always welcome. Raises BadRows, with line numbers, for unknown labels, for more known
+    texts than false positives explain, and for fewer than 200 rows.
     """
-    temperature = fit_temperature(logits, labels)
-    scores, right = scores_of(logits, temperature), logits.argmax(1) == labels
-    knots = fit_knots(scores, right)
-    chances = apply_knots(scores, knots)
-    inside = labels != oos
-    threshold = float(np.quantile(chances[inside], escalate))
-    kept = inside & (chances >= threshold)
-    crossed = np.empty_like(chances)
-    fold = np.random.default_rng(0).integers(0, 5, len(labels))
-    for i in range(5):
-        crossed[fold == i] = apply_knots(scores[fold == i], fit_knots(scores[fold != i], right[fold != i]))
-    report = Report(
-        accuracy=float(right[inside].mean()),
-        oos_recall=float(right[~inside].mean()),
-        escalated=float((chances < threshold)[inside].mean()),
-        kept_accuracy=float(right[kept].mean()),
-        oos_escalated=float((chances < threshold)[~inside].mean()),
-        ece=expected_calibration_error(crossed, right),
+    labels = set(labels_of(bundle))
+    unknown = [row for row in rows if row.label not in labels | {OOS}]
+    if unknown:
+        lines = [f"line {row.line}: {row.label}" for row in unknown]
+        raise BadRows(
+            f"{where}: {len(unknown)} rows have labels that the bundle does not know:\n{shortened(lines)}"
+        )
+    if bundle.manifest.trained_rows is not None:
+        trained = read_trained(bundle.files[bundle.manifest.trained_rows])
+        found, too_many = found_in(trained, [row.text for row in rows])
+        if too_many:
+            lines = [f"line {rows[i].line}: {rows[i].text}" for i in found]
+            raise BadRows(
+                f"{where}: {len(found)} of {len(rows)} rows were trained on, and would make the model look surer "
+                f"than it is; leave them out:\n{shortened(lines)}"
+            )
+        rows = [row for i, row in enumerate(rows) if i not in set(found)]
+    if len(rows) < MIN_ROWS:
+        raise BadRows(f"{where}: {len(rows)} rows remain; calibration needs {MIN_ROWS} or more.")
+    return list(rows)
+
+
+def labels_of(bundle: Bundle) -> list[str]:
+    """The bundle's labels in the order of the logits. Raises BadRows where it has none."""
+    if bundle.manifest.labels is None or bundle.manifest.calibration is None:
+        raise BadRows(f"bundle {bundle.manifest.name!r} has no labels to calibrate.")
+    return list(msgspec.json.decode(bundle.files[bundle.manifest.labels], type=list[str]))
+
+
+def recalibrate(
+    source: Path,
+    rows: Sequence[LabelledText],
+    out: Path,
+    *,
+    fitted_on: str,
+    escalate: float,
+    threads: int = 2,
+) -> tuple[Bundle, Calibrated]:
+    """Write the bundle of `source` to `out` with a calibration of these rows, unsigned and one version up.
+
+    Raises BadRows and BundleError.
+    """
+    bundle = load_bundle(source)
+    rows = fresh_rows(bundle, rows, fitted_on)
+    names = labels_of(bundle)
+    index = {name: i for i, name in enumerate(names)}
+    done = calibrate(
+        bundle_logits(source, [row.text for row in rows], threads),
+        np.array([index.get(row.label, -1) for row in rows]),
+        index.get(OOS),
+        fitted_on=fitted_on,
+        escalate=escalate,
+        date=dt.datetime.now(dt.UTC).date().isoformat(),
+        data_sha256=digest_of(rows),
     )
-    return CalibrationEntry(temperature, knots, threshold, fitted_on), report
+    fields: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
+    # Fusion with a cloud was fitted to the earlier scores, and does not outlive them.
+    fields |= {"version": str(int(bundle.manifest.version) + 1), "calibration": done.entry}
+    fields["metrics"] = bundle.manifest.metrics | done.report.metrics("calibration_")
+    for computed in ("format", "files"):
+        del fields[computed]
+    return write_bundle(out, fields, bundle.files), done
+
+
+def certificate_lines(certificates: Sequence[CertificateEntry]) -> list[str]:
+    """What is promised, a sentence each."""
+    lines = []
+    for c in certificates:
+        if c.threshold is not None:
+            lines.append(
+                f"at most {c.error:.0%} wrong (confidence {1 - c.delta:.0%}): keep at {c.threshold:.4f} or surer, "
+                f"{c.kept} of {c.rows} rows, {c.wrong} wrong"
+            )
+        elif c.missing_rows:
+            lines.append(
+                f"at most {c.error:.0%} wrong: not certifiable, about {c.missing_rows} more rows are needed"
+            )
+        else:
+            lines.append(f"at most {c.error:.0%} wrong: not certifiable, the model errs too often")
+    return lines
+
+
+def report_lines(done: Calibrated) -> list[str]:
+    """The report as people read it."""
+    r = done.report
+    lines = [
+        f"{r.accuracy:.2%} of {r.rows} rows in scope right"
+        + (f", {r.oos_rows} rows out of scope" if r.oos_rows else ""),
+        (
+            f"calibration error {r.ece:.4f}, debiased {r.ece_debiased:.4f} "
+            f"({r.rows + r.oos_rows} rows, {r.ece_bins} bins of equal mass, cross-fitted)"
+        ),
+    ]
+    if done.entry.accept_threshold is not None:
+        lines.append(
+            f"threshold {done.entry.accept_threshold:.4f}: {r.escalated:.1%} of the rows in scope are escalated, "
+            f"{r.kept_accuracy:.2%} of the others right"
+        )
+    return lines + certificate_lines(done.entry.certificates)
+
+
+def share(text: str) -> float:
+    """An option from 0 to 1."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", help="a bundle's folder (./folder) or name")
+    parser.add_argument(
+        "data", type=Path, help="JSONL or CSV with text and label; oos marks what is out of scope"
+    )
+    parser.add_argument("--out", type=Path, help="where to write the new bundle; default: in place")
+    parser.add_argument("--split", choices=("train", "val"), help="rows to use where the file has splits")
+    parser.add_argument(
+        "--escalate", type=share, default=ESCALATE, help="share of the in-scope rows to send on"
+    )
+    parser.add_argument("--key", type=Path, help="private key to sign with, as keygen wrote it")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="for machines")
+    arguments = parser.parse_args()
+    try:
+        source = find_bundle(arguments.bundle)
+        out = arguments.out or source
+        refuse_other_folder(out)
+        key = arguments.key.read_bytes() if arguments.key else None
+        was_signed = (source / SIGNATURE).exists()
+        rows = read_rows(arguments.data, arguments.split)
+        bundle, done = recalibrate(
+            source,
+            rows,
+            out,
+            fitted_on=arguments.data.name,
+            escalate=arguments.escalate,
+            threads=arguments.threads,
+        )
+        if key is not None:
+            bundle = sign_bundle(out, key)
+    except (BadRows, EdgeRuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    result = {
+        "bundle": str(out),
+        "version": bundle.manifest.version,
+        "digest": bundle.digest,
+        "signed": key is not None,
+        "left_out": len(rows) - done.entry.rows,
+        **asdict(done.report),
+        "certificates": msgspec.to_builtins(done.entry.certificates),
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print("\n".join(report_lines(done)))
+    print(
+        f"wrote {out}: {bundle.manifest.name} {bundle.manifest.version}, {'signed' if key else 'not signed'}"
+    )
+    if key is None:
+        again = " again" if was_signed else ""
+        print(f"sign it{again} before it is served: edge-runtime models sign {out} --key KEY")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from edge_runtime.bundle import find_bundle, load_bundle
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.fusion import pool
 from edge_runtime.model import load_model
-from tools.calibrate import expected_calibration_error
+from tools.calibration.error import expected_calibration_error
 from tools.rows import OOS, BadRows, LabelledText, read_rows
 
 SHARES = (0.05, 0.10, 0.15, 0.20, 0.30)
