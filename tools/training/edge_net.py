@@ -1,6 +1,5 @@
-"""The edge tier's network in torch: a quantised bag of n-grams, a normalisation and a small head."""
+"""The edge tier's network: a quantised bag of n-grams, a normalisation and a small head; in torch and as ONNX."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-BATCH = 128
+from tools.graph import Graph, onnx
 
 
 @dataclass(frozen=True)
@@ -59,69 +58,38 @@ class EdgeNet(nn.Module):
         return self.head(hidden) + self.direct(x)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. `soft_share` weighs the teacher's answer against the label."""
-
-    epochs: int = 30
-    rate: float = 4e-3
-    keep: float = 0.8
-    dropout: float = 0.3
-    smoothing: float = 0.1
-    soft_share: float = 0.8
-    temperature: float = 2.0
-    decay: float = 1e-4
-    quantise_from: float = 0.5  # share of the training after which the table is rounded
-
-
 def logits_of(net: EdgeNet, slots: NDArray[np.int32]) -> NDArray[np.float32]:
     """Logits [n, labels] without dropout."""
+    if not len(slots):
+        return np.zeros((0, net.head.out_features), np.float32)
     net.eval()
     with torch.inference_mode():
         parts = [net(part) for part in torch.from_numpy(slots).split(512)]
     return torch.cat(parts).numpy()
 
 
-def fit(
-    net: EdgeNet,
-    slots: NDArray[np.int32],
-    labels: NDArray[np.int64],
-    teacher: NDArray[np.float32] | None,
-    recipe: Recipe,
-    *,
-    seed: int,
-    after_epoch: Callable[[int], None],
-) -> None:
-    """Fit on hard labels (-1: none) and, where given, the teacher's logits [n, labels]."""
-    torch.manual_seed(seed)
-    decayed = [p for p in net.parameters() if p.dim() > 1]
-    plain = [p for p in net.parameters() if p.dim() == 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=recipe.rate,
-        fused=True,
-    )
-    inputs, hard = torch.from_numpy(slots), torch.from_numpy(labels)
-    soft = None if teacher is None else torch.from_numpy(teacher)
-    steps = recipe.epochs * (len(inputs) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=steps, pct_start=0.1)
-    for epoch in range(recipe.epochs):
-        net.train()
-        net.is_quantised = epoch >= recipe.quantise_from * recipe.epochs
-        order = torch.randperm(len(inputs))
-        for step in range(len(inputs) // BATCH):
-            rows = order[step * BATCH : (step + 1) * BATCH]
-            logits = net(inputs[rows], recipe.keep, recipe.dropout)
-            loss = nnf.cross_entropy(logits, hard[rows], ignore_index=-1, label_smoothing=recipe.smoothing)
-            if soft is not None:
-                t = recipe.temperature
-                wanted = (soft[rows] / t).softmax(1)
-                loss = (1 - recipe.soft_share) * loss.nan_to_num() + recipe.soft_share * t * t * (
-                    nnf.kl_div((logits / t).log_softmax(1), wanted, reduction="batchmean")
-                )
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        after_epoch(epoch)
-    net.is_quantised = True
+def export(net: EdgeNet, slots: int) -> bytes:
+    """Write the net as ONNX. The bag is a batched [1, slots] x [slots, width] product, each row on its own."""
+    net.eval()
+    labels = net.head.out_features
+    width = net.shape.width
+
+    def array(tensor: Tensor) -> NDArray[np.float32]:
+        return np.asarray(tensor.detach().numpy(), np.float32)
+
+    scales = net.scales()
+    steps = net.rounded(scales).detach().numpy().astype(np.int8)
+    weights = array(scales).ravel().copy()
+    steps[-1], weights[-1] = 0, 0.0
+    graph = Graph()
+    entries = graph.op("Cast", graph.op("Gather", graph.weight(steps), "slots"), to=onnx.TensorProto.FLOAT)
+    factors = graph.op("Gather", graph.weight(weights), "slots")
+    factors = graph.op("Unsqueeze", factors, graph.weight(np.array([1])))
+    bag = graph.op("MatMul", factors, entries)
+    bag = graph.op("Reshape", bag, graph.weight(np.array([-1, width])))
+    x = graph.normalised(bag, array(net.norm.weight), array(net.norm.bias), net.norm.eps)
+    hidden = graph.gelu(graph.linear(x, array(net.up.weight).T, array(net.up.bias)))
+    hidden = graph.normalised(hidden, array(net.norm_up.weight), array(net.norm_up.bias), net.norm_up.eps)
+    head = graph.linear(hidden, array(net.head.weight).T, array(net.head.bias))
+    logits = graph.op("Add", head, graph.linear(x, array(net.direct.weight).T))
+    return graph.model({"slots": (onnx.TensorProto.INT32, ["batch", slots])}, logits, labels)

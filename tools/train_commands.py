@@ -1,0 +1,297 @@
+"""From a file of commands to a calibrated, quantised bundle:
+
+    python -m tools.train_commands commands.csv --tier edge --name my-commands --out my-commands
+
+DATA is JSONL or CSV with `text` and `label`, optionally `split` (train or val); the label `oos` is for what is out of
+scope. A killed run goes on where it stopped when it is started again. docs/training.md tells the rest.
+"""
+
+import argparse
+import datetime as dt
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from edge_runtime.bundle import Bundle, find_bundle, load_bundle, sign_bundle
+from edge_runtime.core.errors import EdgeRuntimeError
+from edge_runtime.engines.build import build_engine
+from edge_runtime.manifest import MANIFEST, CreditEntry, is_id
+from tools.calibrate import report_lines, share
+from tools.calibration.fit import ESCALATE, Calibrated, calibrate
+from tools.pack import MINILM, engine_logits, pack_classifier, refuse_other_folder
+from tools.rows import BadRows, LabelledText, digest_of, read_rows
+from tools.trained_rows import found_in, read_trained, remember
+from tools.training.data import Data, prepare
+from tools.training.edge import Trained, train_edge
+from tools.training.report import confusions, label_table, microseconds, write_report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    try:
+        _check(arguments)
+        report = run(arguments)
+    except (BadRows, EdgeRuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if arguments.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print("\n".join(["", *report["summary"], "", "Next:", *report["next"]]))
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, calibrate, pack, sign, report. Raises BadRows, EdgeRuntimeError and OSError."""
+    began = time.monotonic()
+    out: Path = arguments.out
+    refuse_other_folder(out)
+    key = arguments.key.read_bytes() if arguments.key else None
+    torch.set_num_threads(arguments.threads)
+    rows = read_rows(arguments.data)
+    data = prepare(rows, seed=arguments.seed, where=arguments.data.name)
+    notes = [*data.notes, *_notes(rows, data, arguments.teacher)]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{len(data.train)} train and {len(data.val)} val rows, {len(data.names)} labels", file=sys.stderr)
+    trained, made_from = _train(arguments, data)
+    engine = build_engine("onnx", trained.model, max_batch=trained.max_batch, threads=arguments.threads)
+    logits = engine_logits(engine, trained.rows, labels=len(data.names))
+    engine.close()
+    calibrated = calibrate(
+        logits,
+        data.val.labels,
+        data.oos,
+        fitted_on=f"val rows of {arguments.data.name}",
+        escalate=arguments.escalate,
+        date=dt.datetime.now(dt.UTC).date().isoformat(),
+        data_sha256=digest_of(
+            LabelledText(text, data.names[label])
+            for text, label in zip(data.val.texts, data.val.labels, strict=True)
+        ),
+    )
+    bundle = pack_classifier(
+        out,
+        name=arguments.name,
+        version=str(arguments.bundle_version or _next_version(out)),
+        model=trained.model,
+        labels=data.names,
+        processing=trained.processing,
+        max_batch=trained.max_batch,
+        calibration=calibrated.entry,
+        licence=arguments.licence,
+        credits_=[*(arguments.credit or [_own(arguments.data, data)]), *made_from],
+        metrics=calibrated.report.metrics("val_")
+        | {"train_rows": len(data.train), "data_sha256": data.sha256},
+        trained_rows=remember(data.train.texts).to_bytes(),
+        extra=trained.extra,
+    )
+    if key is not None:
+        bundle = sign_bundle(out, key)
+    answers = logits.argmax(1)
+    report = {
+        **_report(arguments, data, trained, calibrated, bundle),
+        "notes": notes,
+        "confusions": confusions(data, answers),
+        "labels": label_table(data, answers),
+        "microseconds": microseconds(out.resolve(), data.val.texts),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    folder = beside(out, "-report")
+    write_report(folder, report, trained.curve, calibrated.curve)
+    example = next(
+        (text for text, right in zip(data.val.texts, answers == data.val.labels, strict=True) if right), ""
+    )
+    config = _write_config(folder, out, arguments.key)
+    report["summary"] = _summary(report, calibrated)
+    report["next"] = _next(arguments, config, example or data.train.texts[0], folder)
+    return report
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """A folder next to the bundle: inside it nothing but the bundle may lie."""
+    return out.with_name(out.name + suffix)
+
+
+def _train(arguments: argparse.Namespace, data: Data) -> tuple[Trained, list[CreditEntry]]:
+    """Run the tier's trainer; also whose weights went in besides the data."""
+    work = arguments.work or beside(arguments.out, ".work")
+    common = {"work": work, "seed": arguments.seed, "epochs": arguments.epochs}
+    if arguments.tier == "edge":
+        made_from = list(load_bundle(arguments.teacher).manifest.credits) if arguments.teacher else []
+        known = {credit.name for credit in arguments.credit or ()}
+        trained = train_edge(data, teacher=arguments.teacher, threads=arguments.threads, **common)
+        return trained, [credit for credit in made_from if credit.name not in known]
+    from tools.training.cloud import train_cloud
+
+    trained = train_cloud(data, members=arguments.members, given=arguments.member_checkpoints or (), **common)
+    return trained, [MINILM]
+
+
+def _notes(rows: Sequence[LabelledText], data: Data, teacher: Path | None) -> list[str]:
+    notes = []
+    if any(row.slots for row in rows):
+        notes.append("slots are not learned here; tools.train_slots does that")
+    if not len(data.val):
+        notes.append("no row could be set aside: accuracy is unknown and the confidence a guess")
+    elif len(data.val) < 200:
+        notes.append(f"{len(data.val)} val rows say little of the confidence; 200 more make a calibration")
+    manifest = load_bundle(teacher).manifest if teacher else None
+    if teacher and manifest and manifest.trained_rows:
+        trained = read_trained(load_bundle(teacher).files[manifest.trained_rows])
+        found, too_many = found_in(trained, data.val.texts)
+        if too_many:
+            notes.append(
+                f"the teacher has learned {len(found)} of the val rows: accuracy and confidence flatter; train the "
+                "teacher on the same file with the same seed"
+            )
+    return notes
+
+
+def _report(
+    arguments: argparse.Namespace, data: Data, trained: Trained, calibrated: Calibrated, bundle: Bundle
+) -> dict[str, Any]:
+    entry = calibrated.entry
+    return {
+        "name": arguments.name,
+        "version": bundle.manifest.version,
+        "tier": arguments.tier,
+        "bundle": str(arguments.out),
+        "digest": bundle.digest,
+        "bytes": bundle.stored_bytes,
+        "signed": arguments.key is not None,
+        "data": {
+            "file": arguments.data.name,
+            "sha256": data.sha256,
+            "train": len(data.train),
+            "val": len(data.val),
+            "labels": len(data.names),
+        },
+        "calibration": {
+            **msgspec.to_builtins(calibrated.report),
+            "temperature": round(entry.temperature, 4),
+            "accept_threshold": None if entry.accept_threshold is None else round(entry.accept_threshold, 4),
+            "curve": [{"rows": b.rows, "claimed": b.claimed, "true": b.true} for b in calibrated.curve],
+        },
+        "certificates": msgspec.to_builtins(entry.certificates),
+        "training": [msgspec.to_builtins(point) for point in trained.curve],
+        "recipe": trained.recipe,
+        "seed": arguments.seed,
+        "teacher": str(arguments.teacher) if arguments.teacher else None,
+    }
+
+
+def _summary(report: dict[str, Any], calibrated: Calibrated) -> list[str]:
+    us = report["microseconds"]
+    return [
+        (
+            f"{report['bundle']}: {report['name']} {report['version']}, {report['bytes']:,} bytes, "
+            f"{us['text']:.0f} + {us['model']:.0f} µs a text, made in {report['seconds']:.0f} s"
+        ),
+        *report_lines(calibrated),
+    ]
+
+
+def _next(arguments: argparse.Namespace, config: Path, example: str, folder: Path) -> list[str]:
+    """Commands that work as they stand, from this folder."""
+    lines = [
+        f"  see   {folder / 'report.html'}",
+        f"  edge-runtime serve --config {config}",
+        f"  edge-runtime ask --config {config} --model {arguments.name} {shlex.quote(example)}",
+    ]
+    if arguments.key is None:
+        lines += [
+            f"  edge-runtime models sign {arguments.out} --key KEY     # a key: edge-runtime models keygen KEY",
+            f"  {config} lets unsigned bundles run; on a device write [trust] keys instead",
+        ]
+    return lines
+
+
+def _write_config(folder: Path, out: Path, key: Path | None) -> Path:
+    """A configuration that serves the bundle from the folder the command was run in."""
+    public = key.with_name(key.name + ".pub") if key is not None else None
+    trust = (
+        f"keys = [{json.dumps(str(public))}]"
+        if public is not None and public.exists()
+        else "unsigned = true                # for a trial; on a device: keys = [...]"
+    )
+    path = out if out.is_absolute() or str(out).startswith(".") else Path(f"./{out}")
+    name = json.dumps(str(path) if str(path).startswith((".", "/")) else f"./{path}", ensure_ascii=False)
+    config = folder / "edge.toml"
+    config.write_text(f"models = [{name}]\n\n[trust]\n{trust}\n", encoding="utf-8")
+    return config
+
+
+def _own(path: Path, data: Data) -> CreditEntry:
+    return CreditEntry(f"data: {path.name}", "not stated", "not stated", f"sha256:{data.sha256}")
+
+
+def _next_version(out: Path) -> int:
+    """Devices refuse another bundle of the same version, so each one made counts up."""
+    return int(load_bundle(out).manifest.version) + 1 if (out / MANIFEST).exists() else 1
+
+
+def _credit(text: str) -> CreditEntry:
+    parts = [part.strip() for part in text.split("|")]
+    if not 3 <= len(parts) <= 4 or not all(parts[:3]):
+        raise argparse.ArgumentTypeError("write NAME|AUTHORS|LICENCE or NAME|AUTHORS|LICENCE|URL")
+    return CreditEntry(*parts)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not is_id(arguments.name):
+        raise BadRows(f"--name {arguments.name!r}: use lower-case letters, digits, dot, dash and underscore.")
+    if arguments.teacher and arguments.tier == "cloud":
+        raise BadRows("--teacher is for the edge tier; the cloud's is the teacher.")
+    arguments.teacher = find_bundle(arguments.teacher) if arguments.teacher else None
+    if arguments.tier == "edge" and (arguments.member_checkpoints or arguments.members > 1):
+        raise BadRows("--members and --member-checkpoints are for the cloud tier.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="JSONL or CSV with text and label")
+    parser.add_argument("--tier", choices=("edge", "cloud"), required=True)
+    parser.add_argument("--name", required=True, help="what clients call the model")
+    parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
+    parser.add_argument(
+        "--teacher", type=Path, help="edge: a bundle whose answers are learned besides the labels"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=_positive)
+    parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--key", type=Path, help="private key to sign with, as keygen wrote it")
+    parser.add_argument("--bundle-version", type=_positive, help="default: one more than what is there")
+    parser.add_argument("--work", type=Path, help="where a run can be taken up again; default: OUT.work")
+    parser.add_argument("--members", type=_positive, default=1, help="cloud: encoders whose mean answers")
+    parser.add_argument(
+        "--member-checkpoints", type=Path, nargs="+", metavar="PT", help="cloud: pack these, train none"
+    )
+    parser.add_argument("--escalate", type=share, default=ESCALATE, help="share of in-scope rows to send on")
+    parser.add_argument("--licence", default="not stated", help="of the bundle")
+    parser.add_argument(
+        "--credit", type=_credit, action="append", help="NAME|AUTHORS|LICENCE|URL of the data; repeatable"
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

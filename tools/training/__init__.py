@@ -1,0 +1,1 @@
+"""Making bundles from labelled texts: what `tools.train_commands` does, as functions."""

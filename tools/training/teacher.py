@@ -1,0 +1,54 @@
+"""A larger bundle's answers as something to learn from besides the labels."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.bundle import load_bundle
+from edge_runtime.manifest import CreditEntry
+from tools.pack import bundle_logits
+from tools.rows import BadRows, shortened
+from tools.training.progress import Progress
+
+#: Texts a file of the cache holds; a killed run loses at most so many.
+CHUNK = 8192
+
+
+class BundleTeacher:
+    """A bundle that knows at least these labels. Raises BadRows or BundleError where it does not."""
+
+    def __init__(self, path: Path, names: Sequence[str], threads: int) -> None:
+        bundle = load_bundle(path)
+        labels = msgspec.json.decode(bundle.files[bundle.manifest.labels or ""], type=list[str])
+        index = {name: i for i, name in enumerate(labels)}
+        unknown = [name for name in names if name not in index]
+        if unknown:
+            raise BadRows(f"the teacher does not know {len(unknown)} labels:\n{shortened(unknown)}")
+        self.digest = bundle.digest
+        self.credits: tuple[CreditEntry, ...] = bundle.manifest.credits
+        self._columns = [index[name] for name in names]
+        self._path, self._threads = path, threads
+
+    def logits(self, texts: Sequence[str], work: Path) -> NDArray[np.float16]:
+        """Logits [n, labels], kept in the folder `work` as they come: a transformer takes minutes."""
+        work.mkdir(parents=True, exist_ok=True)
+        progress = Progress("the teacher's answers", len(texts))
+        parts = []
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            key = hashlib.sha256(repr((self.digest, self._columns, chunk)).encode()).hexdigest()[:16]
+            path = work / f"teacher-{key}.npy"
+            if not path.exists():
+                fresh = path.with_suffix(".new")
+                logits = bundle_logits(
+                    self._path, chunk, self._threads, lambda done, start=start: progress.at(start + done)
+                )
+                with fresh.open("wb") as file:
+                    np.save(file, logits[:, self._columns].astype(np.float16))
+                fresh.replace(path)
+            parts.append(np.load(path))
+        return np.concatenate(parts)
