@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TRAIN := .venv/.train
 
 .PHONY: help demo test soak fuzz check format bench models perf clean broker tflite litert
 
@@ -14,6 +15,11 @@ $(READY): pyproject.toml
 	@$(PYTHON) -m venv .venv || { echo "Python's venv module is missing; run: sudo apt-get install python3-venv"; exit 1; }
 	@echo "installing into .venv (a minute or two)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(TRAIN): $(READY)
+	@echo "installing what training needs (a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,train]'
 	@touch $@
 
 broker: ## install the MQTT broker if it is missing and may be installed
@@ -55,7 +61,7 @@ tflite: litert
 	@echo "skipped: tflite-runtime needs Python 3.11, and $(PYTHON) is 3.$(PYTHON_MINOR)"
 endif
 
-test: $(READY) broker check tflite ## everything that must hold
+test: $(TRAIN) broker check tflite ## everything that must hold
 	@$(BIN)/python -m pytest
 
 soak: $(READY) ## property tests of the core, fifty times as long as in test
@@ -73,8 +79,7 @@ bench: $(READY) ## requests per second of the daemon under wrk, each text differ
 perf: $(READY) ## NVIDIA's perf_analyzer against the daemon
 	@./tools/perf_analyzer.sh
 
-models: $(READY) ## remake the shipped bundles (half an hour): make models DATA=data_full.json
-	@$(BIN)/python -m pip install --quiet --editable '.[train]'
+models: $(TRAIN) ## remake the shipped bundles (an hour): make models DATA=data_full.json
 	@DATA="$(DATA)" ./tools/make_models.sh
 
 clean: ## remove what the other targets made

@@ -1,6 +1,7 @@
 """What the documents say can be done, is done here; what they link to exists."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,21 @@ def test_commands_that_are_named_exist():
         for words in re.findall(r"edge-runtime (models )?([a-z]+)\b", page.read_text()):
             group = edge.commands["models"] if words[0] else edge
             assert words[1] in group.commands or words[1] in ("bundle", "is"), f"{page.name}: {words}"
+
+
+def test_commands_of_the_tools_are_understood():
+    from tools import calibrate, train_commands
+
+    parsers = {"calibrate": calibrate.parser(), "train_commands": train_commands.parser()}
+    lines = [line for _, text in blocks("sh") for line in text.splitlines()]
+    named = [line.split("python -m tools.", 1)[1] for line in lines if line.startswith("python -m tools.")]
+    for line in named:
+        tool, *arguments = shlex.split(line, comments=True)
+        if tool in parsers:
+            parsers[tool].parse_args(arguments)
+    assert {line.split()[0] for line in named} >= set(parsers)
+    page = (TOP / "docs/training.md").read_text()
+    for action in parsers["train_commands"]._actions[1:]:  # all but --help
+        assert any(
+            f"`{option}" in page or f" {option}" in page for option in action.option_strings or ["DATA"]
+        ), action

@@ -143,23 +143,28 @@ def share(text: str) -> float:
     return value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", help="a bundle's folder (./folder) or name")
-    parser.add_argument(
+    options.add_argument("bundle", help="a bundle's folder (./folder) or name")
+    options.add_argument(
         "data", type=Path, help="JSONL or CSV with text and label; oos marks what is out of scope"
     )
-    parser.add_argument("--out", type=Path, help="where to write the new bundle; default: in place")
-    parser.add_argument("--split", choices=("train", "val"), help="rows to use where the file has splits")
-    parser.add_argument(
+    options.add_argument("--out", type=Path, help="where to write the new bundle; default: in place")
+    options.add_argument("--split", choices=("train", "val"), help="rows to use where the file has splits")
+    options.add_argument(
         "--escalate", type=share, default=ESCALATE, help="share of the in-scope rows to send on"
     )
-    parser.add_argument("--key", type=Path, help="private key to sign with, as keygen wrote it")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="for machines")
-    arguments = parser.parse_args()
+    options.add_argument("--key", type=Path, help="private key to sign with, as keygen wrote it")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--json", action="store_true", help="for machines")
+    return options
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     try:
         source = find_bundle(arguments.bundle)
         out = arguments.out or source

@@ -28,7 +28,7 @@ from tools.rows import BadRows, read_rows
 from tools.tflite_graph import OPEN, Graph, Op
 
 Floats = NDArray[np.float32]
-#: The operators that tools.train_edge writes, in any order.
+#: The operators that tools.training.edge_net writes, in any order.
 _OPERATORS = {"Gather": 2, "Cast": 4, "Unsqueeze": 1, "MatMul": 4, "Reshape": 1, "LayerNormalization": 2}
 _OPERATORS |= {"Mul": 6, "Add": 4, "Erf": 1, "Identity": 1}
 
@@ -94,10 +94,12 @@ def export_tflite(weights: EdgeWeights) -> bytes:
 
 
 def read_weights(model: bytes) -> EdgeWeights:
-    """Find the weights in the ONNX graph that `tools.train_edge` writes. Raises BundleError for any other."""
+    """Find the weights in the ONNX graph that `tools.training.edge_net` writes. Raises BundleError for any other."""
     graph = onnx.ModelProto.FromString(model).graph
     if Counter(node.op_type for node in graph.node) != _OPERATORS:
-        raise BundleError("the model is not an edge net of tools.train_edge, which is all this tool converts")
+        raise BundleError(
+            "the model is not an edge net of tools.train_commands, which is all this tool converts"
+        )
     arrays = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     tables = [arrays[node.input[0]] for node in graph.node if node.op_type == "Gather"]
@@ -125,7 +127,7 @@ def read_weights(model: bytes) -> EdgeWeights:
             direct=dense[norms[0].output[0], False],
         )
     except KeyError:
-        raise BundleError("the layers of the model are not those of tools.train_edge") from None
+        raise BundleError("the layers of the model are not those of tools.train_commands") from None
 
 
 def _bias_of(product: str, nodes: Sequence[Any], arrays: dict[str, NDArray[Any]]) -> Floats | None:
@@ -162,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="folder of an ONNX bundle of tools.train_edge")
+    parser.add_argument("source", type=Path, help="folder of an ONNX bundle of tools.train_commands")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--check", type=Path, help="JSONL or CSV whose texts must get equal labels")
     arguments = parser.parse_args()

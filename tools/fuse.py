@@ -20,7 +20,7 @@ from edge_runtime.bundle import find_bundle, load_bundle, write_bundle
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.fusion import pool
 from edge_runtime.manifest import FusionEntry
-from tools.calibrate import fit_knots
+from tools.calibration.knots import fit_knots
 from tools.evaluate import Answers, answers_of, labels_of_bundle
 from tools.rows import BadRows, LabelledText, read_rows
 

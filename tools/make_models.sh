@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
 # Remakes both shipped bundles from CLINC150: make models DATA=path/to/data_full.json
+# Stopped and started again it goes on where it was; what that takes lies in build/.
 set -euo pipefail
 data=${DATA:?set DATA to the data_full.json of CLINC150 (https://github.com/clinc/oos-eval); its test rows are never read}
+python=.venv/bin/python
+licence='Apache-2.0; trained on CLINC150 (CC-BY-3.0)'
+credit='CLINC150|Stefan Larson, Anish Mahendran, Joseph J. Peper, Christopher Clarke, Andrew Lee, Parker Hill, Jonathan K. Kummerfeld, Kevin Leach, Michael A. Laurenzano, Lingjia Tang, Jason Mars (2019)|CC-BY-3.0|https://github.com/clinc/oos-eval'
+train() {
+  "$python" -m tools.train_commands build/clinc.jsonl --name commands --licence "$licence" --credit "$credit" "$@"
+}
 mkdir -p build
-.venv/bin/python -m tools.train_cloud --data "$data" --checkpoint build/cloud.pt --out models/commands-cloud
-.venv/bin/python -m tools.train_edge --data "$data" --teacher models/commands-cloud \
-  --teacher-cache build/teacher.npy --out models/commands
-.venv/bin/python -m tools.sign_models
+"$python" -m tools.clinc "$data" build/clinc.jsonl
+train --tier cloud --seed 1 --out models/commands-cloud --work build/cloud.work --report build/cloud-report
+train --tier edge --teacher ./models/commands-cloud --out models/commands --work build/edge.work --report build/edge-report
+"$python" -m tools.fuse models/commands build/clinc.jsonl --split val --cloud models/commands-cloud
+"$python" -m tools.sign_models

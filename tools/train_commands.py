@@ -34,7 +34,7 @@ from tools.training.report import confusions, label_table, microseconds, write_r
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         _check(arguments)
         report = run(arguments)
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "microseconds": microseconds(out.resolve(), data.val.texts),
         "seconds": round(time.monotonic() - began, 1),
     }
-    folder = beside(out, "-report")
+    folder = arguments.report or beside(out, "-report")
     write_report(folder, report, trained.curve, calibrated.curve)
     example = next(
         (text for text, right in zip(data.val.texts, answers == data.val.labels, strict=True) if right), ""
@@ -263,34 +263,38 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadRows("--members and --member-checkpoints are for the cloud tier.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="JSONL or CSV with text and label")
-    parser.add_argument("--tier", choices=("edge", "cloud"), required=True)
-    parser.add_argument("--name", required=True, help="what clients call the model")
-    parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
-    parser.add_argument(
+    options.add_argument("data", type=Path, metavar="DATA", help="JSONL or CSV with text and label")
+    options.add_argument("--tier", choices=("edge", "cloud"), required=True)
+    options.add_argument("--name", required=True, help="what clients call the model")
+    options.add_argument("--out", type=Path, required=True, help="the bundle's folder")
+    options.add_argument(
         "--teacher", type=Path, help="edge: a bundle whose answers are learned besides the labels"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=_positive)
-    parser.add_argument("--threads", type=_positive, default=2)
-    parser.add_argument("--key", type=Path, help="private key to sign with, as keygen wrote it")
-    parser.add_argument("--bundle-version", type=_positive, help="default: one more than what is there")
-    parser.add_argument("--work", type=Path, help="where a run can be taken up again; default: OUT.work")
-    parser.add_argument("--members", type=_positive, default=1, help="cloud: encoders whose mean answers")
-    parser.add_argument(
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--epochs", type=_positive)
+    options.add_argument("--threads", type=_positive, default=2)
+    options.add_argument("--key", type=Path, help="private key to sign with, as keygen wrote it")
+    options.add_argument("--bundle-version", type=_positive, help="default: one more than what is there")
+    options.add_argument("--work", type=Path, help="where a run can be taken up again; default: OUT.work")
+    options.add_argument(
+        "--report", type=Path, help="where report.json and report.html go; default: OUT-report"
+    )
+    options.add_argument("--members", type=_positive, default=1, help="cloud: encoders whose mean answers")
+    options.add_argument(
         "--member-checkpoints", type=Path, nargs="+", metavar="PT", help="cloud: pack these, train none"
     )
-    parser.add_argument("--escalate", type=share, default=ESCALATE, help="share of in-scope rows to send on")
-    parser.add_argument("--licence", default="not stated", help="of the bundle")
-    parser.add_argument(
+    options.add_argument("--escalate", type=share, default=ESCALATE, help="share of in-scope rows to send on")
+    options.add_argument("--licence", default="not stated", help="of the bundle")
+    options.add_argument(
         "--credit", type=_credit, action="append", help="NAME|AUTHORS|LICENCE|URL of the data; repeatable"
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
-    return parser
+    options.add_argument("--json", action="store_true", help="for machines")
+    return options
 
 
 if __name__ == "__main__":
