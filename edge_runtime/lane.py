@@ -46,6 +46,7 @@ class Served:
 
 @dataclass(slots=True)
 class _Member:
+    question: bytes
     row: Row
     future: "asyncio.Future[Served]"
     submitted_ns: int
@@ -128,7 +129,7 @@ class Lane:
         if refused is not None:
             raise refusal(refused.kind, 1.0 if refused.kind is RefusalKind.FULL else None)
         future: asyncio.Future[Served] = self._loop.create_future()
-        self._members[request_id] = _Member(encoded, future, now_ns)
+        self._members[request_id] = _Member(row, encoded, future, now_ns)
         self._idle.clear()
         self._flush_soon()
         try:
@@ -265,7 +266,7 @@ class Lane:
             queue_ns = started_ns - member.submitted_ns
             statistics.queue.add(queue_ns)
             try:
-                answer = self._processor.decode(output)
+                answer = self._processor.decode(output, member.question)
             except Exception as error:  # noqa: BLE001 - one undecodable row must not hurt its neighbours
                 _log.error("model=%s event=decode_failed error=%r", self._name, error)
                 self._settle(request_id, error=EngineFailed("The model's output could not be read."))

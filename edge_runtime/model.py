@@ -15,7 +15,6 @@ from edge_runtime.first_load import FirstLoads
 from edge_runtime.manifest import Manifest
 from edge_runtime.prepare import measure_ladder, prepare, unfit
 from edge_runtime.processing import Processor
-from edge_runtime.processing.text_classification import TextClassification
 from edge_runtime.trial_messages import Report
 
 _log = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ def build_model(
 
 def labels_of(processor: Processor) -> frozenset[bytes] | None:
     """The labels a task can answer with; None where it has none."""
-    return frozenset(processor.labels) if isinstance(processor, TextClassification) else None
+    return None if processor.labels is None else frozenset(processor.labels)
 
 
 def cost_of(info: ModelInfo) -> dict[str, object]:

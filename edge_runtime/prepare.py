@@ -18,7 +18,6 @@ from edge_runtime.engines.build import build_engine
 from edge_runtime.manifest import Manifest
 from edge_runtime.processing import Processor
 from edge_runtime.processing.build import build_processor
-from edge_runtime.processing.text_classification import TextClassification
 
 #: Other kernels for other batch sizes round differently, near 1e-7 of a value; scales shared by a batch
 #: show at 1e-2. Anything between is not expected, and counts as dependence.
@@ -176,12 +175,7 @@ def _are_alike(processor: Processor, probes: Sequence[Row]) -> bool:
 
 def _check_output(processor: Processor, output: Row) -> None:
     """Refuse a model whose outputs are not what the processor reads or the signature promises."""
-    wanted: list[tuple[np.dtype[Any], tuple[int, ...]]]
-    if isinstance(processor, TextClassification):
-        wanted = [(np.dtype(np.float32), (len(processor.labels),))]
-    else:
-        specs = processor.signature.outputs
-        wanted = [(DTYPES[spec.datatype], spec.shape[1:]) for spec in specs]
+    wanted = [(DTYPES[spec.datatype], spec.shape[1:]) for spec in processor.model_outputs]
     fits = len(wanted) == len(output) and all(
         array.dtype == dtype
         and len(array.shape) == len(shape)

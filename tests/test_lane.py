@@ -25,7 +25,7 @@ class Echo:
     def encode(self, row):
         return (np.array([int(row)], np.int64),)
 
-    def decode(self, output):
+    def decode(self, output, row):
         return Answer((str(output[0][0]).encode(),), 1.0)
 
 

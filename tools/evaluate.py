@@ -55,7 +55,7 @@ def answers_of(bundle: str, texts: Sequence[str], *, threads: int = 2) -> Answer
         for start in range(0, len(members), model.max_batch):
             part = members[start : start + model.max_batch]
             for (i, _), output in zip(part, model.engine.run([row for _, row in part]), strict=True):
-                answer = model.processor.decode(output)
+                answer = model.processor.decode(output, texts[i].encode())
                 assert isinstance(answer.values[0], bytes)
                 labels[i], confidence[i] = answer.values[0].decode(), answer.confidence or 0.0
                 scores[i] = answer.extras[0] if answer.extras else None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from edge_runtime.core.messages import Answer, Row, Signature, Tensor
+from edge_runtime.core.messages import Answer, Row, Signature, Tensor, TensorSpec
 
 
 class Processor(Protocol):
@@ -16,6 +16,14 @@ class Processor(Protocol):
     @property
     def version(self) -> str:
         """Changes whenever the same input could give another answer; part of every cache key."""
+
+    @property
+    def model_outputs(self) -> tuple[TensorSpec, ...]:
+        """What the model must return, in this order, for `decode` to read; its own names do not matter."""
+
+    @property
+    def labels(self) -> tuple[bytes, ...] | None:
+        """The labels an answer can begin with; None where the task has none."""
 
     def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
         """Check a request's tensors and return the canonical bytes of each row.
@@ -31,5 +39,8 @@ class Processor(Protocol):
         Rows whose arrays agree in shape may share a batch: the shapes are the lane's bucket.
         """
 
-    def decode(self, output: Row) -> Answer:
-        """Turn one row of model outputs into an answer with its calibrated confidence."""
+    def decode(self, output: Row, row: bytes, /) -> Answer:
+        """Turn one row of model outputs into an answer with its calibrated confidence.
+
+        `row` is what `encode` was given: places in a text mean nothing without it.
+        """

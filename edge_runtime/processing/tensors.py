@@ -35,6 +35,15 @@ class Tensors:
         """Part of every cache key."""
         return self._version
 
+    @property
+    def model_outputs(self) -> tuple[TensorSpec, ...]:
+        """As the bundle states them."""
+        return self._signature.outputs
+
+    @property
+    def labels(self) -> None:
+        """None: numbers are no labels."""
+
     def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
         """Return for each row, input by input: lengths, datatype, shape and the little-endian bytes."""
         by_name = {tensor.name: tensor for tensor in inputs}
@@ -69,7 +78,7 @@ class Tensors:
             at += size * dtype.itemsize
         return tuple(arrays)
 
-    def decode(self, output: Row) -> Answer:
+    def decode(self, output: Row, _row: bytes = b"") -> Answer:
         """Return the model's arrays as they are."""
         return Answer(tuple(output), None)
 

@@ -43,7 +43,38 @@ class Calibration:
         """
         shifted = (logits - logits[best]) / np.float32(self.temperature)
         total = np.exp(shifted).sum()
-        return float(np.interp(1.0 / float(total), self.scores, self.chances)), shifted - np.log(total)
+        return self.chance(1.0 / float(total)), shifted - np.log(total)
+
+    def chance(self, score: float) -> float:
+        """Return the probability of being right for a probability the model claims."""
+        return float(np.interp(score, self.scores, self.chances))
+
+
+def texts_of(inputs: Sequence[Tensor], max_text_bytes: int) -> list[bytes]:
+    """Return the UTF-8 texts of a request's only input, `text [n] BYTES`. Raises InvalidRequest and TooLarge."""
+    if len(inputs) != 1 or inputs[0].name != "text":
+        raise InvalidRequest("this model takes exactly one input, named 'text'")
+    (tensor,) = inputs
+    if tensor.datatype != "BYTES" or not isinstance(tensor.data, tuple):
+        raise InvalidRequest(f"input 'text' has datatype {tensor.datatype}; send BYTES")
+    if len(tensor.shape) != 1:
+        raise InvalidRequest(f"input 'text' has shape {list(tensor.shape)}; send [n], one text per row")
+    if not tensor.data:
+        raise InvalidRequest("input 'text' is empty; send at least one text")
+    if len(tensor.data) != tensor.shape[0]:
+        raise InvalidRequest(
+            f"input 'text' has {len(tensor.data)} texts where its shape says {tensor.shape[0]}"
+        )
+    for at, text in enumerate(tensor.data):
+        if len(text) > max_text_bytes:
+            raise TooLarge(
+                f"text {at} has {len(text)} bytes; at most {max_text_bytes} are accepted, send less"
+            )
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"text {at} is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
+    return list(tensor.data)
 
 
 class TextClassification:
@@ -83,39 +114,20 @@ class TextClassification:
         """The intents, in the order of the logits."""
         return self._labels
 
+    @property
+    def model_outputs(self) -> tuple[TensorSpec, ...]:
+        """Logits `[labels] FP32`."""
+        return (TensorSpec("logits", "FP32", (-1, len(self._labels))),)
+
     def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
         """Return each text's exact UTF-8 bytes; see `Processor.split`."""
-        if len(inputs) != 1 or inputs[0].name != "text":
-            raise InvalidRequest("this model takes exactly one input, named 'text'")
-        (tensor,) = inputs
-        if tensor.datatype != "BYTES" or not isinstance(tensor.data, tuple):
-            raise InvalidRequest(f"input 'text' has datatype {tensor.datatype}; send BYTES")
-        if len(tensor.shape) != 1:
-            raise InvalidRequest(f"input 'text' has shape {list(tensor.shape)}; send [n], one text per row")
-        if not tensor.data:
-            raise InvalidRequest("input 'text' is empty; send at least one text")
-        if len(tensor.data) != tensor.shape[0]:
-            raise InvalidRequest(
-                f"input 'text' has {len(tensor.data)} texts where its shape says {tensor.shape[0]}"
-            )
-        for at, text in enumerate(tensor.data):
-            if len(text) > self._max_text_bytes:
-                raise TooLarge(
-                    f"text {at} has {len(text)} bytes; at most {self._max_text_bytes} are accepted, send less"
-                )
-            try:
-                text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InvalidRequest(
-                    f"text {at} is not UTF-8 (byte {error.start}); encode it as UTF-8"
-                ) from None
-        return list(tensor.data)
+        return texts_of(inputs, self._max_text_bytes)
 
     def encode(self, row: bytes) -> Row:
         """Return the featuriser's arrays of one text."""
         return self._featuriser.encode(row.decode("utf-8"))
 
-    def decode(self, output: Row) -> Answer:
+    def decode(self, output: Row, _row: bytes = b"") -> Answer:
         """Return intent and confidence from logits `[labels] FP32`."""
         logits = output[0]
         best = int(logits.argmax())
