@@ -160,7 +160,7 @@ def _infer(model: str, request: Any, config_path: Path | None) -> Any:
     async def here() -> Any:
         from edge_runtime.runtime import Runtime
 
-        async with Runtime.open(config_path) as runtime:
+        async with Runtime.open(_with_model(config_path, model)) as runtime:
             if runtime.uplink is not None:
                 await runtime.uplink.wait_connected(
                     2.0
@@ -168,6 +168,16 @@ def _infer(model: str, request: Any, config_path: Path | None) -> Any:
             return await runtime.infer(model, request)
 
     return asyncio.run(here())
+
+
+def _with_model(config_path: Path | None, model: str) -> Any:
+    """The configuration; where it does not list models, the one that is asked is loaded, and no other."""
+    from msgspec.structs import replace
+
+    from edge_runtime.config import Config, load_config
+
+    config = load_config(config_path)
+    return replace(config, models=(model,)) if config.models == Config().models else config
 
 
 def _client(config_path: Path | None) -> Any:

@@ -1,21 +1,28 @@
-"""A reply of the task `text-classification` as people and scripts read it."""
+"""A reply of the tasks `text-classification` and `text-slots` as people and scripts read it."""
 
 from typing import Any
+
+import msgspec
 
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.messages import InferReply
 
 
 def intent_of(reply: InferReply) -> dict[str, Any]:
-    """The first row's intent, confidence, origin and times (ms). Raises EdgeRuntimeError for other tasks."""
+    """The first row's intent, confidence, slots if any, origin and times (ms).
+
+    Raises EdgeRuntimeError for other tasks.
+    """
     columns = {tensor.name: tensor.data for tensor in reply.outputs}
     if "intent" not in columns or "confidence" not in columns:
         raise EdgeRuntimeError(
             f"Model {reply.model_name} does not answer text with an intent; use `infer` for it."
         )
+    slots = {"slots": msgspec.json.decode(columns["slots"][0])} if "slots" in columns else {}
     return {
         "intent": columns["intent"][0].decode("utf-8"),
         "confidence": round(float(columns["confidence"][0]), 4),
+        **slots,
         **reply.parameters,
         "ms": round(float(reply.parameters["total_us"]) / 1000, 2),
         "model": reply.model_name,
@@ -24,9 +31,11 @@ def intent_of(reply: InferReply) -> dict[str, Any]:
 
 
 def describe(answer: dict[str, Any]) -> str:
-    """One line a person likes to read."""
+    """A line a person likes to read, and one for each slot below it."""
     note = ", degraded" if answer["degraded"] else ""
-    return (
+    line = (
         f"{answer['intent']}  {answer['confidence']:.0%} sure  "
         f"{answer['origin']} ({answer['reason']}{note})  {answer['ms']:.1f} ms"
     )
+    slots = [f"  {slot['slot']}: {slot['value']}" for slot in answer.get("slots", ())]
+    return "\n".join([line, *slots])

@@ -12,6 +12,9 @@ from edge_runtime.processing import Processor
 from edge_runtime.processing.ngrams import NgramFeaturiser
 from edge_runtime.processing.tensors import Tensors
 from edge_runtime.processing.text_classification import SIGNATURE, Calibration, Featuriser, TextClassification
+from edge_runtime.processing.text_slots import SIGNATURE as SLOTS_SIGNATURE
+from edge_runtime.processing.text_slots import TextSlots
+from edge_runtime.processing.words import WordFeaturiser
 
 MAX_LABELS = 65_536
 
@@ -35,13 +38,24 @@ class TextWordpiece(msgspec.Struct, frozen=True, tag_field="kind", tag="text_wor
     max_text_bytes: int = 4096
 
 
+class WordSlots(msgspec.Struct, frozen=True, tag_field="kind", tag="text_slots"):
+    """Parameters of kind `text_slots`: `slots` are the names of the values it finds, the rest is of `words`."""
+
+    slots: tuple[str, ...]
+    features: int
+    buckets: int
+    grams: tuple[int, ...]
+    lengths: tuple[int, ...]
+    max_text_bytes: int = 4096
+
+
 class PlainTensors(msgspec.Struct, frozen=True, tag_field="kind", tag="tensors"):
     """Kind `tensors` has no parameters."""
 
 
-Parameters = TextNgrams | TextWordpiece | PlainTensors
+Parameters = TextNgrams | TextWordpiece | WordSlots | PlainTensors
 #: A version stands for a way to compute; bundles made for another one would be answered wrongly.
-_VERSIONS = {"text_ngrams": "1", "text_wordpiece": "1", "tensors": "1"}
+_VERSIONS = {"text_ngrams": "1", "text_wordpiece": "1", "text_slots": "1", "tensors": "1"}
 
 
 def build_processor(manifest: Manifest, files: Mapping[str, bytes]) -> Processor:
@@ -78,6 +92,8 @@ def _build(
             )
         case TextWordpiece():
             featuriser = _wordpiece(parameters, files)
+        case WordSlots():
+            return _slots(parameters, manifest, files, version=version)
         case PlainTensors():
             return Tensors(_signature(manifest.signature), version=version)
         case _:
@@ -87,6 +103,30 @@ def _build(
     return TextClassification(
         featuriser,
         _labels(manifest, files),
+        _calibration(manifest),
+        version=version,
+        max_text_bytes=parameters.max_text_bytes,
+    )
+
+
+def _slots(
+    parameters: WordSlots, manifest: Manifest, files: Mapping[str, bytes], *, version: str
+) -> Processor:
+    if _signature(manifest.signature) != SLOTS_SIGNATURE:
+        raise ValueError("the signature is not that of text slots")
+    slots = parameters.slots
+    if not 1 <= len(slots) <= MAX_LABELS or len(set(slots)) != len(slots):
+        raise ValueError(f"the slots are not 1 to {MAX_LABELS} different names")
+    featuriser = WordFeaturiser(
+        features=parameters.features,
+        buckets=parameters.buckets,
+        grams=parameters.grams,
+        lengths=parameters.lengths,
+    )
+    return TextSlots(
+        featuriser,
+        _labels(manifest, files),
+        slots,
         _calibration(manifest),
         version=version,
         max_text_bytes=parameters.max_text_bytes,

@@ -1,0 +1,170 @@
+"""Commands to intents with their slots: a text in, a label, the named values inside the text and a confidence out."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.core.messages import Answer, Row, Signature, Tensor, TensorSpec
+from edge_runtime.processing.text_classification import Calibration, texts_of
+from edge_runtime.processing.words import WordFeaturiser
+
+SIGNATURE = Signature(
+    inputs=(TensorSpec("text", "BYTES", (-1,)),),
+    outputs=(
+        TensorSpec("intent", "BYTES", (-1,)),
+        TensorSpec("confidence", "FP32", (-1,)),
+        TensorSpec("slots", "BYTES", (-1,)),
+    ),
+)
+OUTSIDE = 0
+Reals = NDArray[np.floating[Any]]
+
+
+class TextSlots:
+    """Splits requests into texts, encodes their words, and reads logits `[labels]` and `[words, tags]`.
+
+    Tag 0 is outside of any slot, 2k + 1 begins a value of slot k and 2k + 2 goes on with it.
+    """
+
+    def __init__(
+        self,
+        featuriser: WordFeaturiser,
+        labels: Sequence[str],
+        slots: Sequence[str],
+        calibration: Calibration,
+        *,
+        version: str,
+        max_text_bytes: int,
+    ) -> None:
+        """`calibration` maps the probability of intent and all tags together to that of a wholly right answer."""
+        self._featuriser = featuriser
+        self._labels = tuple(label.encode("utf-8") for label in labels)
+        self._slots = tuple(slots)
+        self._calibration = calibration
+        self._version = version
+        self._max_text_bytes = max_text_bytes
+
+    @property
+    def signature(self) -> Signature:
+        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`, `slots [n] BYTES`."""
+        return SIGNATURE
+
+    @property
+    def version(self) -> str:
+        """Part of every cache key."""
+        return self._version
+
+    @property
+    def labels(self) -> tuple[bytes, ...]:
+        """The intents, in the order of the logits."""
+        return self._labels
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots, in the order of the tags."""
+        return self._slots
+
+    @property
+    def model_outputs(self) -> tuple[TensorSpec, ...]:
+        """Logits of intents `[labels] FP32`, and of tags `[words, tags] FP32`."""
+        return (
+            TensorSpec("logits", "FP32", (-1, len(self._labels))),
+            TensorSpec("tags", "FP32", (-1, -1, 2 * len(self._slots) + 1)),
+        )
+
+    def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
+        """Return each text's exact UTF-8 bytes; see `Processor.split`."""
+        return texts_of(inputs, self._max_text_bytes)
+
+    def encode(self, row: bytes) -> Row:
+        """Return the words' indices `[words, features] INT32` of one text."""
+        return self._featuriser.encode(row.decode("utf-8"))
+
+    def decode(self, output: Row, row: bytes, /) -> Answer:
+        """Return intent, confidence and slots from both logits of the text `row`.
+
+        Slots are a JSON list of objects `slot`, `value`, `start`, `end` (code points of the text, the end
+        exclusive) and `confidence`, the probability of these tags. The answer's confidence is that intent
+        and all slots are right.
+        """
+        logits, tags = output
+        text = row.decode("utf-8")
+        places = self._featuriser.places(text)
+        temperature = np.float32(self._calibration.temperature)
+        scaled = tags[: len(places)] / temperature
+        path = best_path(scaled)
+        chances = chances_of(scaled, path)
+        best = int(logits.argmax())
+        score = 1.0 / float(np.exp((logits - logits[best]) / temperature).sum())
+        found = []
+        for slot, first, end in spans_of(path):
+            start, stop = places[first][0], places[end - 1][1]
+            found.append(
+                {
+                    "slot": self._slots[slot],
+                    "value": text[start:stop],
+                    "start": start,
+                    "end": stop,
+                    "confidence": round(math.prod(chances[first:end]), 4),
+                }
+            )
+        confidence = self._calibration.chance(score * math.prod(chances))
+        return Answer((self._labels[best], np.float32(confidence), msgspec.json.encode(found)), confidence)
+
+
+def chances_of(logits: Reals, path: Sequence[int]) -> list[float]:
+    """The softmax value of one choice in each row of `[n, choices] FP32`."""
+    if not path:
+        return []
+    top = logits[np.arange(len(path)), path]
+    # A path that obeys the order of tags may choose less than a row's largest value: the exponent is capped.
+    spread = np.exp(np.minimum(logits - top[:, None], 80.0))
+    chances: list[float] = (1.0 / spread.sum(1)).tolist()
+    return chances
+
+
+def best_path(tags: Reals) -> list[int]:
+    """Return the best sequence of `[words, tags] FP32` in which a value goes on only after it began."""
+    greedy: list[int] = tags.argmax(1).tolist() if len(tags) else []
+    before = OUTSIDE
+    for tag in greedy:
+        if tag != OUTSIDE and tag % 2 == 0 and before not in (tag, tag - 1):
+            return _viterbi(tags)
+        before = tag
+    return greedy
+
+
+def _viterbi(tags: Reals) -> list[int]:
+    """Viterbi's algorithm (1967) where all allowed steps cost the same: two candidates per tag are enough."""
+    count = tags.shape[1]
+    begins, inside = np.arange(1, count, 2), np.arange(2, count, 2)
+    score = tags[0].copy()
+    score[inside] = -np.inf
+    steps = []
+    for row in tags[1:]:
+        came = np.full(count, int(score.argmax()))
+        came[inside] = np.where(score[inside] >= score[begins], inside, begins)
+        score = score[came] + row
+        steps.append(came)
+    path = [int(score.argmax())]
+    for came in reversed(steps):
+        path.append(int(came[path[-1]]))
+    return path[::-1]
+
+
+def spans_of(path: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return (slot, first word, end word) of each value in a sequence of tags in which none goes on unbegun."""
+    spans: list[tuple[int, int, int]] = []
+    for at, tag in enumerate(path):
+        if tag == OUTSIDE:
+            continue
+        if tag % 2:
+            spans.append((tag // 2, at, at + 1))
+        else:
+            slot, first, _ = spans[-1]
+            spans[-1] = (slot, first, at + 1)
+    return spans

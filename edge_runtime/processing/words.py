@@ -1,0 +1,103 @@
+"""Words of a text with their places, and hashed features of each word: no vocabulary, no state that shows.
+
+Words are runs of letters and digits; every other visible character is a word of its own. A word is described by
+itself, its shape and its character n-grams, each hashed into one table as `ngrams` does.
+"""
+
+import re
+import struct
+import zlib
+from functools import lru_cache
+
+import numpy as np
+
+from edge_runtime.core.messages import Row
+
+#: Splits "tobymac's" into three, so that a value never begins or ends inside a word.
+_WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
+#: As in `ngrams`: one multiplication spreads keys over the table.
+_SPREAD, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
+#: Tags above the 32 bits of a CRC and the 40 bits of the longest n-gram keep the kinds of keys apart.
+_EXACT, _SHAPE = 1 << 56, 2 << 56
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+#: What is looked at of a word: longer ones are no words, and would fill the memo.
+_LONGEST_WORD = 40
+#: Words whose keys are kept, about 300 bytes each: most words of a command have been seen lately.
+_MEMO = 4096
+
+
+def words_of(text: str, limit: int) -> list[str]:
+    """Return the first `limit` words of a text."""
+    return _WORD.findall(text)[:limit]
+
+
+def places_of(text: str, limit: int) -> list[tuple[int, int]]:
+    """Return start and end of the same words, in code points of the text."""
+    return [match.span() for match in _WORD.finditer(text)][:limit]
+
+
+class WordFeaturiser:
+    """Turns words into `features` indices each below `buckets`; unused ones hold `buckets`, the pad index.
+
+    A row has as many words as the next of `lengths`; words beyond the longest are left out. The first index
+    of a word is never padding, that of no word always is.
+    """
+
+    def __init__(
+        self, *, features: int, buckets: int, grams: tuple[int, ...], lengths: tuple[int, ...]
+    ) -> None:
+        if not 2 <= features <= 256 or not 1 <= buckets < 2**31:
+            raise ValueError(f"words: features {features} must be 2..256 and buckets {buckets} 1..2^31-1")
+        if not all(1 <= n <= 5 for n in grams):
+            raise ValueError(f"words: lengths of n-grams {list(grams)} must lie in 1..5")
+        if not lengths or list(lengths) != sorted(set(lengths)) or not 1 <= lengths[0] <= lengths[-1] <= 512:
+            raise ValueError(f"words: lengths {list(lengths)} must rise within 1..512")
+        self.features = features
+        self.buckets = buckets
+        self.lengths = lengths
+        self._grams = grams
+        self._scale = np.uint64(buckets)
+        self._pack = struct.Struct(f"={features}Q").pack
+        self._keys = lru_cache(_MEMO)(self._computed)
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return where the words lie that `encode` sees, in code points."""
+        return places_of(text, self.lengths[-1])
+
+    def encode(self, text: str) -> Row:
+        """Return the indices `[words, features] INT32` of one text; an empty text is all padding."""
+        words = words_of(text, self.lengths[-1])
+        length = next(length for length in self.lengths if len(words) <= length)
+        out = np.full((length, self.features), self.buckets, np.int32)
+        if words:
+            packed = b"".join([self._keys(word[:_LONGEST_WORD]) for word in words])
+            keys = np.frombuffer(packed, np.uint64).reshape(len(words), self.features)
+            spread = (keys * _SPREAD >> _HALF) * self._scale >> _HALF
+            np.copyto(out[: len(words)], spread, where=keys != 0, casting="unsafe")
+        return (out,)
+
+    def _computed(self, word: str) -> bytes:
+        """The keys `[features] UINT64` of one word, as memory; 0 stands for none."""
+        low = word.lower().encode("utf-8")
+        line = b"<" + low.translate(_DIGITS) + b">"
+        keys = [_EXACT | zlib.crc32(low), _SHAPE | _shape(word)]
+        read = int.from_bytes
+        for n in self._grams:
+            keys += [read(line[i : i + n], "little") for i in range(len(line) - n + 1)]
+        del keys[self.features :]
+        return self._pack(*keys, *[0] * (self.features - len(keys)))
+
+
+def _shape(word: str) -> int:
+    """A small number for how a word is written: its case, or how many digits it has, or neither."""
+    if word.isdigit():
+        return 16 + min(len(word), 8)
+    if word.islower():
+        return 1
+    if word.istitle():
+        return 2
+    if word.isupper():
+        return 3
+    if word.isalpha():
+        return 4  # mixed case, or a script without
+    return 5 if any(letter.isalnum() for letter in word) else 6
