@@ -63,14 +63,29 @@ class Graph:
         """A single fp32 number."""
         return self.weight(np.array(value, np.float32))
 
-    def model(self, inputs: dict[str, tuple[int, list[object]]], output: str, labels: int) -> bytes:
-        """Serialise with inputs `name -> (type, shape)` and one output `logits [batch, labels]`."""
-        self._nodes.append(helper.make_node("Identity", [output], ["logits"]))
+    def model(
+        self,
+        inputs: dict[str, tuple[int, list[object]]],
+        output: str,
+        labels: int,
+        more: dict[str, tuple[str, list[object]]] | None = None,
+    ) -> bytes:
+        """Serialise with inputs `name -> (type, shape)` and the output `logits [batch, labels]`.
+
+        `more` outputs are `name -> (result, shape)`, all fp32.
+        """
+        outputs: dict[str, tuple[str, list[object]]] = {"logits": (output, ["batch", labels]), **(more or {})}
+        self._nodes += [
+            helper.make_node("Identity", [result], [name]) for name, (result, _) in outputs.items()
+        ]
         graph = helper.make_graph(
             self._nodes,
             "main",
             [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
-            [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", labels])],
+            [
+                helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+                for name, (_, shape) in outputs.items()
+            ],
             self._weights,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Remakes both shipped bundles from CLINC150: make models DATA=path/to/data_full.json
+# Remakes the shipped bundles of CLINC150: make models DATA=path/to/data_full.json
+# With SNIPS=folder of the published train_<Intent>_full.json files, commands-slots too.
 # Stopped and started again it goes on where it was; what that takes lies in build/.
 set -euo pipefail
 data=${DATA:?set DATA to the data_full.json of CLINC150 (https://github.com/clinc/oos-eval); its test rows are never read}
@@ -14,4 +15,8 @@ mkdir -p build
 train --tier cloud --seed 1 --out models/commands-cloud --work build/cloud.work --report build/cloud-report
 train --tier edge --teacher ./models/commands-cloud --out models/commands --work build/edge.work --report build/edge-report
 "$python" -m tools.fuse models/commands build/clinc.jsonl --split val --cloud models/commands-cloud
+if [ -n "${SNIPS:-}" ]; then
+  "$python" -m tools.snips "$SNIPS" build/snips.jsonl
+  "$python" -m tools.train_slots build/snips.jsonl --checkpoint build/slots --out models/commands-slots
+fi
 "$python" -m tools.sign_models
