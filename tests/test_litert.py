@@ -234,10 +234,10 @@ def test_what_numpy_cannot_hold_is_refused(monkeypatch):
         LitertEngine(identity(dtype=np.complex64), max_batch=8)
 
 
-def test_what_the_runtime_refuses_is_a_bundle_error():
+def test_what_scan_or_runtime_refuse_is_a_bundle_error():
     good = identity()
     for bad in (b"", good[:40], good.replace(b"TFL3", b"TFL2")):
-        with pytest.raises(BundleError):
+        with pytest.raises(BundleError, match="readable TFLite"):
             LitertEngine(bad, max_batch=1)
     graph = Graph()
     x = graph.input("x", (OPEN, 2), np.float32)

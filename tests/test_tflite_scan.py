@@ -76,7 +76,7 @@ def test_state_is_refused(monkeypatch, number):
         scan(model(_other(monkeypatch, number)))
 
 
-BUFFER, NODE, TENSOR_OR_MODEL = 1, 5, 8
+BUFFER, NODE_OR_GRAPH, TENSOR_OR_MODEL = 1, 5, 8
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ BUFFER, NODE, TENSOR_OR_MODEL = 1, 5, 8
         (TENSOR_OR_MODEL, lambda w, fields: [*fields, w._numbers([1])]),
         (TENSOR_OR_MODEL, lambda w, fields: [*fields, None, w._numbers([1])]),
         (TENSOR_OR_MODEL, lambda _, fields: [*fields, None, None, ("Uint32", 1)]),
-        (NODE, lambda _, fields: [*fields, None, None, None, None, ("Uint64", 4096), ("Uint64", 4)]),
+        (NODE_OR_GRAPH, lambda _, fields: [*fields, None, None, None, None, ("Uint64", 4096), ("Uint64", 4)]),
     ],
     ids=["buffer", "size", "groups", "buffers", "tensor", "options"],
 )
@@ -105,12 +105,34 @@ def test_variables_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [-2, 99])
-def test_tensors_that_are_not_there_are_refused(monkeypatch, bad):
+@pytest.mark.parametrize("field", [1, 2])
+@pytest.mark.parametrize("is_node", [True, False], ids=["node", "graph"])
+def test_tensors_that_are_not_there_are_refused(monkeypatch, is_node, field, bad):
     def change(writer, fields):
-        return (fields[0], writer._numbers([bad]), *fields[2:])
+        if (fields[0][0] == "Uint32") is not is_node:  # a node begins with the index of its operator
+            return fields
+        return [*fields[:field], writer._numbers([bad]), *fields[field + 1 :]]
 
     with pytest.raises(BundleError, match="readable"):
-        scan(written(monkeypatch, NODE, change))
+        scan(written(monkeypatch, NODE_OR_GRAPH, change))
+
+
+def test_a_weight_that_claims_to_be_longer_than_the_file_is_refused():
+    bad = bytearray(model())
+    at = bad.index(WEIGHTS.T.tobytes()) - 4
+    assert bad[at] == WEIGHTS.size
+    struct.pack_into("<I", bad, at, len(bad))
+    with pytest.raises(BundleError, match="readable"):
+        scan(bytes(bad))
+
+
+def test_a_field_behind_its_table_is_refused():
+    bad = bytearray(model())
+    (root,) = struct.unpack_from("<I", bad, 0)
+    fields = root - struct.unpack_from("<i", bad, root)[0]
+    struct.pack_into("<H", bad, fields + 2, 4)  # the root table says that it is empty
+    with pytest.raises(BundleError, match="readable"):
+        scan(bytes(bad))
 
 
 def test_a_walk_without_end_is_cut_short():

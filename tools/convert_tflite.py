@@ -53,7 +53,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class EdgeWeights:
-    """All that `tools.edge_net` learned, as it is stored: `table` int8 `[buckets + 1, width]`, a scale per row."""
+    """All that `tools.training.edge_net` learned, as it is stored: `table` int8 `[buckets + 1, width]`, a scale per row."""
 
     slots: int
     table: NDArray[np.int8]
