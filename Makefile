@@ -50,6 +50,7 @@ TFLITE_TESTS := --editable . onnx flatbuffers pytest hypothesis
 
 litert: .venv-litert/.ready
 	@EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_litert.py
+	@EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_hostile_models.py -k broken_tflite
 
 # tflite-runtime, for 32-bit Arm, has no wheels for a Python newer than 3.11.
 PYTHON_MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info[1])' 2>/dev/null)
@@ -67,7 +68,8 @@ test: $(TRAIN) broker check tflite ## everything that must hold
 soak: $(READY) ## property tests of the core, fifty times as long as in test
 	@EDGE_RUNTIME_TESTS=soak $(BIN)/python -m pytest tests/core
 
-fuzz: $(READY) ## 10,000 broken model files per format, every byte of a bundle flipped (half an hour)
+fuzz: $(READY) .venv-litert/.ready ## 10,000 broken model files per format, every byte of a bundle flipped (half an hour)
+	@EDGE_RUNTIME_FUZZ=10000 EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_hostile_models.py -k broken_tflite
 	@EDGE_RUNTIME_FUZZ=10000 $(BIN)/python -m pytest tests/test_hostile_models.py tests/test_flipped_bytes.py
 
 format: $(READY) ## put the code into shape

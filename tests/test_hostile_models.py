@@ -157,6 +157,8 @@ def test_broken_tflite_files_are_refused_or_run_or_end_their_child(capsys):
     try:
         engine_version("tflite")
     except BundleError:
+        if "EDGE_RUNTIME_TFLITE" in os.environ:
+            raise
         pytest.skip("no TFLite runtime is installed: make tflite")
     found = fuzzed("tflite", list(tflite_networks()), MUTANTS, capsys)
     assert found["refused"] > MUTANTS // 4

@@ -36,6 +36,7 @@ from tests.trials import children, endless_loop, memory_bomb
 
 pytestmark = pytest.mark.skipif(not trial.is_possible(), reason="this system cannot limit a child")
 SHORT = Limits(cpu_s=1, wall_s=50)
+NEVER = Limits(cpu_s=3600, wall_s=3600.0)  # a child that is not killed hangs the test
 QUIET = ServerSettings(tcp="off", socket="off")
 
 
@@ -245,7 +246,8 @@ def test_cancelling_kills_the_child_and_blames_nobody(tmp_path):
     bundle = load_bundle(endless_loop(tmp_path / "endless"))
 
     async def cancelled():
-        admitting = asyncio.create_task(FirstLoads(record).admit_soon(bundle, threads=1, max_batch=8))
+        first_loads = FirstLoads(record, limits=NEVER)
+        admitting = asyncio.create_task(first_loads.admit_soon(bundle, threads=1, max_batch=8))
         while not children():
             await asyncio.sleep(0)
         admitting.cancel()
@@ -263,7 +265,7 @@ def test_an_interrupt_kills_the_child(tmp_path):
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(KeyboardInterrupt):
-            load_model(folder, first_loads=FirstLoads(tmp_path / "trials.json"))
+            load_model(folder, first_loads=FirstLoads(tmp_path / "trials.json", limits=NEVER))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
