@@ -81,7 +81,10 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def wait_for(
-    condition: "object", process: subprocess.Popen[bytes] | None, log: Path | None, limit_s: float = 30
+    condition: "object",
+    process: subprocess.Popen[bytes] | None,
+    log: Path | None,
+    limit_s: float = 90,  # a first start tries its model in a child
 ) -> None:
     assert callable(condition)
     ends = time.monotonic() + limit_s
