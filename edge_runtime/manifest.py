@@ -95,14 +95,15 @@ class FusionEntry(msgspec.Struct, frozen=True):
 
 
 class CalibrationEntry(msgspec.Struct, frozen=True):
-    """Logits -> temperature -> largest softmax value -> knots (score, probability of being right).
+    """Logits -> temperature -> score -> knots (score, probability of being right).
 
-    `bins` are (largest score, right, wrong) counts, the prior of online learning. `data_sha256` is over the
+    The score is the largest softmax value; "in_scope" multiplies it by what the label "oos" leaves over. `bins` are (largest score, right, wrong) counts, the prior of online learning. `data_sha256` is over the
     calibration rows, `date` is ISO 8601.
     """
 
     temperature: float
     knots: tuple[tuple[float, float], ...]
+    score: Literal["max_softmax", "in_scope"] = "max_softmax"
     accept_threshold: float | None = None
     fitted_on: str = ""
     rows: int = 0

@@ -317,3 +317,18 @@ def test_rows_that_may_not_calibrate_are_refused_by_line(tmp_path, fresh, case):
     assert case != "trained" or "line 6: " in done.stderr
     assert load_bundle(bundle).digest == before
     assert Path(tmp_path / "full").exists() == (case == "folder")
+
+
+def test_the_runtime_scores_as_the_calibration_did_when_oos_is_a_label():
+    from edge_runtime.processing.text_classification import Calibration
+    from tools.calibration.scores import scores_of
+
+    rng = np.random.default_rng(4)
+    logits = (3 * rng.standard_normal((50, 6))).astype(np.float32)
+    for oos in (None, 5):
+        identity = Calibration(0.8, (0.0, 1.0), (0.0, 1.0), oos)
+        claimed = [identity.read(row, int(row.argmax()))[0] for row in logits]
+        assert np.allclose(claimed, scores_of(logits, 0.8, oos), atol=1e-5)
+    doubtful = np.array([[4.0, 3.5, 0.0], [4.0, 0.0, 3.5]], np.float32)
+    low = scores_of(doubtful, 1.0, 1)
+    assert low[0] < low[1]

@@ -1,6 +1,6 @@
 """From a bundle's description to its processor: the closed list of kinds, with typed parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import msgspec
@@ -17,6 +17,8 @@ from edge_runtime.processing.text_slots import TextSlots
 from edge_runtime.processing.words import WordFeaturiser
 
 MAX_LABELS = 65_536
+#: The label of what belongs to no other one.
+OUT_OF_SCOPE = "oos"
 
 
 class TextNgrams(msgspec.Struct, frozen=True, tag_field="kind", tag="text_ngrams"):
@@ -100,10 +102,11 @@ def _build(
             assert_never(parameters)
     if _signature(manifest.signature) != SIGNATURE:
         raise ValueError("the signature is not that of text classification")
+    labels = _labels(manifest, files)
     return TextClassification(
         featuriser,
-        _labels(manifest, files),
-        _calibration(manifest),
+        labels,
+        _calibration(manifest, labels),
         version=version,
         max_text_bytes=parameters.max_text_bytes,
     )
@@ -158,11 +161,16 @@ def _labels(manifest: Manifest, files: Mapping[str, bytes]) -> list[str]:
     return labels
 
 
-def _calibration(manifest: Manifest) -> Calibration:
-    if manifest.calibration is None:
+def _calibration(manifest: Manifest, labels: Sequence[str] = ()) -> Calibration:
+    """As the manifest says; with "in_scope" the label `oos` must be among `labels`."""
+    entry = manifest.calibration
+    if entry is None:
         raise ValueError("text classification needs a calibration")
-    scores, chances = zip(*manifest.calibration.knots, strict=True)
-    return Calibration(manifest.calibration.temperature, scores, chances)
+    if entry.score == "in_scope" and OUT_OF_SCOPE not in labels:
+        raise ValueError(f"the score in_scope needs a label {OUT_OF_SCOPE!r}")
+    out_of_scope = labels.index(OUT_OF_SCOPE) if entry.score == "in_scope" else None
+    scores, chances = zip(*entry.knots, strict=True)
+    return Calibration(entry.temperature, scores, chances, out_of_scope)
 
 
 def _signature(entry: SignatureEntry) -> Signature:

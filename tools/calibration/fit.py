@@ -78,15 +78,16 @@ def calibrate(
     the in-scope rows to the cloud; without any rows there is none.
     """
     temperature = fit_temperature(logits, labels)
-    scores, right = scores_of(logits, temperature), logits.argmax(1) == labels
+    scores, right = scores_of(logits, temperature, oos), logits.argmax(1) == labels
     knots = fit_knots(scores, right)
     chances = apply_knots(scores, knots)
     inside = (labels >= 0) & (labels != (-1 if oos is None else oos))
     threshold = _threshold(chances[inside], escalate)
-    crossed = _cross_fitted(logits, labels)
+    crossed = _cross_fitted(logits, labels, oos)
     entry = CalibrationEntry(
         temperature,
         knots,
+        "max_softmax" if oos is None else "in_scope",
         threshold,
         fitted_on,
         rows=len(labels),
@@ -136,15 +137,17 @@ def _threshold(chances: NDArray[np.float64], escalate: float) -> float | None:
     return float(rising[0] if best == 0 else (rising[best - 1] + rising[best]) / 2)
 
 
-def _cross_fitted(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+def _cross_fitted(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], oos: int | None
+) -> NDArray[np.float64]:
     """Each row's chance by a temperature and a map that were fitted without it."""
     crossed = np.empty(len(labels))
     fold = np.random.default_rng(0).permutation(len(labels)) % FOLDS
     for i in range(FOLDS):
         fitted, held = fold != i, fold == i
         temperature = fit_temperature(logits[fitted], labels[fitted])
-        knots = fit_knots(scores_of(logits[fitted], temperature), (logits.argmax(1) == labels)[fitted])
-        crossed[held] = apply_knots(scores_of(logits[held], temperature), knots)
+        knots = fit_knots(scores_of(logits[fitted], temperature, oos), (logits.argmax(1) == labels)[fitted])
+        crossed[held] = apply_knots(scores_of(logits[held], temperature, oos), knots)
     return crossed
 
 

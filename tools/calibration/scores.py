@@ -7,10 +7,15 @@ LOW, HIGH = 0.05, 20.0
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-def scores_of(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
-    """The largest softmax value of each row of logits [n, labels] at `temperature`."""
+def scores_of(logits: NDArray[np.float32], temperature: float, oos: int | None = None) -> NDArray[np.float64]:
+    """The largest softmax value of each row of logits [n, labels] at `temperature`.
+
+    With the index `oos` of the label of what is out of scope, times what this label leaves over.
+    """
     scaled = logits.astype(np.float64) / temperature
-    return np.asarray(1.0 / np.exp(scaled - scaled.max(1, keepdims=True)).sum(1))
+    shares = np.exp(scaled - scaled.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    return np.asarray(shares.max(1) * (1.0 if oos is None else 1.0 - shares[:, oos]))
 
 
 def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
