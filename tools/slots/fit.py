@@ -31,7 +31,7 @@ class Lessons:
 class Recipe:
     """How to train. Every epoch sees each row once as it is and once with exchanged values."""
 
-    epochs: int = 16
+    epochs: int = 20
     batch: int = 64
     rate: float = 3e-3
     keep: float = 0.85  # share of features a word is seen with
@@ -39,7 +39,7 @@ class Recipe:
     dropout: float = 0.2
     smoothing: float = 0.05
     decay: float = 1e-4
-    intent_share: float = 0.5  # weight of the intent's loss against that of a word's tag
+    intent_share: float = 1.0  # weight of the intent's loss against that of a word's tag
     quantise_from: float = 0.5  # share of the training after which the table is rounded
     averaged: float = 0.997  # how much of the running mean stays at each fourth step
 

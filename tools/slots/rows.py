@@ -1,5 +1,6 @@
 """Labelled spans as tags of words, and new rows made by exchanging values of a slot."""
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,24 @@ from tools.rows import LabelledText, Span
 
 #: The target of a word that is padding.
 IGNORED = -100
+#: Slots with so many values have no list of them: any name may be one.
+_OPEN = 100
+_MARKS = (
+    ".",
+    "?",
+    "!",
+    "!!",
+    "...",
+    " .",
+    " ?",
+    " \U0001f600",
+    " \U0001f3b5",
+    " \U0001f64f",
+    "\u2026",
+    " \u2764",
+)
+_ACCENTED = {"a": "\u00e0\u00e1\u00e3", "e": "\u00e8\u00e9\u00ea", "i": "\u00ec\u00ed\u00ee",
+             "o": "\u00f2\u00f3\u00f5", "u": "\u00f9\u00fa\u00fb"}  # fmt: skip
 
 
 def tags_of(row: LabelledText, slots: Sequence[str], limit: int) -> list[int]:
@@ -49,20 +68,35 @@ class Exchange:
             for span in row.slots:
                 values[span.slot].add(row.text[span.start : span.end])
         self._values = {slot: sorted(found) for slot, found in values.items()}
+        self._open = [slot for slot, found in self._values.items() if len(found) >= _OPEN]
 
     def made(self, row: LabelledText, rng: np.random.Generator) -> LabelledText:
-        """One more row: most values replaced by others of their slot, one row in four in lower case."""
+        """One more row: most values replaced by others of their slot, and at times written otherwise."""
         text, at, spans = "", 0, []
         for span in row.slots:
             text += row.text[at : span.start]
             value = row.text[span.start : span.end]
             if rng.random() < 0.8:
-                choices = self._values[span.slot]
+                slot = span.slot
+                if slot in self._open and rng.random() < 0.05:
+                    # A title may be named like a place: the words around a value have the last word.
+                    slot = self._open[int(rng.integers(len(self._open)))]
+                choices = self._values[slot]
                 value = choices[int(rng.integers(len(choices)))]
             spans.append(Span(span.slot, len(text), len(text) + len(value)))
             text += value
             at = span.end
-        text += row.text[at:]
-        if rng.random() < 0.25 and len(text.lower()) == len(text):
-            text = text.lower()
-        return replace(row, text=text, slots=tuple(spans))
+        return replace(row, text=_written(text + row.text[at:], rng), slots=tuple(spans))
+
+
+def _written(text: str, rng: np.random.Generator) -> str:
+    """The text in lower case (one in four), with other accents (one in ten), or with a mark behind it (one in ten)."""
+    if rng.random() < 0.25 and len(text.lower()) == len(text):
+        text = text.lower()
+    if rng.random() < 0.1:
+        plain = "".join(unicodedata.normalize("NFD", letter)[0] for letter in text)
+        vowel = "aeiou"[int(rng.integers(5))]
+        text = plain if plain != text else text.replace(vowel, _ACCENTED[vowel][int(rng.integers(3))])
+    if rng.random() < 0.1:
+        text += _MARKS[int(rng.integers(len(_MARKS)))]
+    return text
