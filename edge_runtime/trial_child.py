@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -35,6 +36,8 @@ def main() -> None:
     """Answer the question on standard input."""
     question = msgspec.json.decode(sys.stdin.buffer.readline(), type=Question)
     limit_process(question)
+    with suppress(OSError):
+        Path.cwd().rmdir()  # nothing can be made in it now, nor is it left behind by a parent that was killed
     engine_version(question.manifest.engine)  # imports the runner, which is not the model's cost
     before_bytes = resident_bytes()
     limit_memory(question.memory_bytes)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -272,6 +273,10 @@ def test_an_interrupt_kills_the_child(tmp_path):
     assert not (tmp_path / "trials.json").exists()
 
 
+def folders():
+    return set(Path(tempfile.gettempdir()).glob("edge-runtime-trial-*"))
+
+
 def wait_for(condition, process):
     until = time.monotonic() + 30
     while not (found := condition()):
@@ -296,7 +301,13 @@ def serving(tmp_path):
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     (child,) = wait_for(lambda: children(process.pid), process)
+    wait_for(lambda: runs_in_no_folder(child), process)
     return process, child
+
+
+def runs_in_no_folder(pid):
+    """Whether a child has removed the folder it was started in, which comes before the model."""
+    return str(Path(f"/proc/{pid}/cwd").readlink()).endswith("(deleted)")
 
 
 def test_a_daemon_told_to_stop_ends_the_trial(tmp_path):
@@ -307,13 +318,15 @@ def test_a_daemon_told_to_stop_ends_the_trial(tmp_path):
     assert not is_alive(child)
 
 
-def test_a_killed_daemon_leaves_no_child(tmp_path):
+def test_a_killed_daemon_leaves_nothing(tmp_path):
+    before = folders()
     process, child = serving(tmp_path)
     process.kill()
     process.communicate(timeout=30)
     until = time.monotonic() + 30
     while is_alive(child):
         assert time.monotonic() < until
+    assert folders() <= before
 
 
 def is_alive(pid):
