@@ -2,8 +2,8 @@
 
     python -m tools.fuse models/commands DATA.jsonl --split val --cloud models/commands-cloud
 
-Both bundles answer every row; the weights of their log-probabilities are those of least cross-validated negative
-log-likelihood over the rows the edge would escalate. The bundle's signature ends with it: sign it again.
+Both bundles answer every row; the weight of the edge's log-probabilities is the one with most right answers, cross-
+validated, among the rows the edge would escalate. The bundle's signature ends with it: sign it again.
 """
 
 import argparse
@@ -26,33 +26,26 @@ from tools.rows import BadRows, LabelledText, read_rows
 
 #: Below this the weights are noise: five folds of forty rows each.
 LEAST_ROWS = 200
-WEIGHTS = np.round(np.arange(0.0, 1.55, 0.1), 2)
+WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)
 FOLDS = 5
 
 
-def fit_weights(
-    edge: NDArray[np.float32], cloud: NDArray[np.float32], truth: NDArray[np.int64]
-) -> tuple[float, float]:
-    """Edge and cloud weight of least negative log-likelihood, mean of the choices of five folds.
+def fit_weight(edge: NDArray[np.float32], cloud: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
+    """The edge's weight beside a cloud's of 1: the one with most right answers, mean of the choices of five folds.
 
-    Log-probabilities `[n, labels]` of both tiers and the index of each row's label. The mean of the folds'
-    choices moves less from sample to sample than the one best pair.
+    Log-probabilities `[n, labels]` of both tiers and the index of each row's label. Of weights with equally many
+    right the likelier one is taken. Likelihood alone chose 0.38 for the shipped bundles, and answered six rows of
+    600 more wrong than 0.1: a cloud trained with smoothed labels claims less than it knows.
     """
-    fold = np.random.default_rng(0).integers(0, FOLDS, len(truth))
-    losses = np.array(
-        [[_losses(pool(edge, cloud, e, c), truth) for c in WEIGHTS[1:]] for e in WEIGHTS]
-    )  # [edge weight, cloud weight, row]
+    fold = np.random.default_rng(0).permutation(len(truth)) % FOLDS
+    pooled = [pool(edge, cloud, weight, 1.0) for weight in WEIGHTS]
+    right = np.array([p.argmax(1) == truth for p in pooled])
+    loss = np.array([-p[np.arange(len(truth)), truth] for p in pooled])  # [weight, row]
     chosen = []
     for i in range(FOLDS):
-        mean = losses[:, :, fold != i].mean(2)
-        at = np.unravel_index(int(mean.argmin()), mean.shape)
-        chosen.append((WEIGHTS[at[0]], WEIGHTS[1:][at[1]]))
-    weights = np.mean(chosen, axis=0)
-    return float(round(weights[0], 3)), float(round(weights[1], 3))
-
-
-def _losses(pooled: NDArray[np.float32], truth: NDArray[np.int64]) -> NDArray[np.float32]:
-    return -pooled[np.arange(len(truth)), truth]
+        order = np.lexsort((loss[:, fold != i].mean(1), -right[:, fold != i].sum(1)))
+        chosen.append(WEIGHTS[order[0]])
+    return round(float(np.mean(chosen)), 3)
 
 
 def fit_fusion(
@@ -66,10 +59,10 @@ def fit_fusion(
         raise EdgeRuntimeError(
             f"The edge would escalate {asked.sum()} of these rows; {LEAST_ROWS} are needed, so give more rows."
         )
-    weights = fit_weights(edge.scores[asked], cloud.scores[asked], truth[asked])
-    pooled = pool(edge.scores, cloud.scores, *weights)
+    weight = fit_weight(edge.scores[asked], cloud.scores[asked], truth[asked])
+    pooled = pool(edge.scores, cloud.scores, weight, 1.0)
     knots = fit_knots(np.exp(pooled.max(1)).astype(np.float64), pooled.argmax(1) == truth)
-    return FusionEntry(cloud_version, weights[1], weights[0], knots)
+    return FusionEntry(cloud_version, 1.0, weight, knots)
 
 
 def fuse(bundle: Path, rows: list[LabelledText], cloud: str) -> dict[str, Any]:
