@@ -21,9 +21,12 @@ class Joining:
     pooling: Pooling
 
     def join(self, edge: Answer, cloud: Answer) -> Answer:
-        """One answer from two that both carry their scores. Raises InvalidRequest where the cloud's contradict it."""
+        """One answer from two that both carry their scores, finite ones as `read_answers` sees to.
+
+        Raises InvalidRequest where the cloud's scores contradict its answer.
+        """
         (scores,) = cloud.extras
-        if not np.isfinite(scores).all() or self.labels[int(scores.argmax())] != cloud.values[0]:
+        if self.labels[int(scores.argmax())] != cloud.values[0]:
             raise InvalidRequest("The cloud's scores do not belong to its answer.")
         pooled, best, chance = join(edge.extras[0], scores, self.pooling)
         return Answer((self.labels[best], np.float32(chance)), chance, (pooled,))

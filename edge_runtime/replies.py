@@ -86,4 +86,6 @@ def _column(spec: TensorSpec, tensor: Tensor | None, rows: int) -> list[bytes | 
     shape = (rows, *spec.shape[1:])
     if tensor is None or tensor.datatype != spec.datatype or tensor.shape != shape:
         raise InvalidRequest(f"The reply lacks output {spec.name} as {spec.datatype} of shape {list(shape)}.")
+    if not isinstance(tensor.data, tuple) and not np.isfinite(tensor.data).all():
+        raise InvalidRequest(f"The reply's output {spec.name} holds values that are no numbers.")
     return list(tensor.data)

@@ -293,13 +293,17 @@ class Service:
             return kept
         deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
         joining = served.joining
-        with_extras = travel.wants_extras or joining is not None
-        outputs = _every_output(served.info.signature) if with_extras else ()
+        outputs = _every_output(served.info.signature) if travel.wants_extras or joining is not None else ()
         question = InferRequest((Tensor("text", "BYTES", (1,), (row,)),), outputs=outputs)
         try:
             reply = await self._cloud.ask(served.info.name, question, deadline_ns=deadline_ns)
+            if joining is not None and joining.cloud_version != reply.model_version:
+                joining = (
+                    None  # fitted for another cloud, whose labels may be others: its scores are not read
+                )
+            with_extras = travel.wants_extras or joining is not None
             (answer,) = _read_cloud(served, reply, with_extras=with_extras)
-            if joining is not None and joining.cloud_version == reply.model_version:
+            if joining is not None:
                 answer = joining.join(edge.answer, answer)
         except CloudUnavailable as failure:
             return replace(kept, reason=failure.reason, cloud_ns=time.monotonic_ns() - now_ns)

@@ -10,8 +10,10 @@ from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.caching import Cache
 from edge_runtime.core.errors import EngineFailed, Refused
 from edge_runtime.core.escalation import LinkState
+from edge_runtime.core.fusion import Pooling
 from edge_runtime.core.messages import Answer, InferReply, InferRequest, Origin, Reason, Tensor
 from edge_runtime.engines.fake import FakeEngine
+from edge_runtime.joining import Joining
 from edge_runtime.lane import Lane
 from edge_runtime.model import labels_of, load_model
 from edge_runtime.replies import build_reply
@@ -42,12 +44,12 @@ class Cloud:
         return build_reply(model, "1", self.model.info.signature, [answer], InferRequest(()), {})
 
 
-def service(model, cloud=None, sure=False, engine=None):
+def service(model, cloud=None, sure=False, engine=None, joining=None):
     logits = np.zeros(len(model.processor.labels), np.float32)
     logits[0] = 50.0 if sure else 0.0
     engine = engine or FakeEngine(lambda row: (logits,), max_batch=8)
     lane = Lane("commands", model.processor, engine, QueueLimits(8, 100), is_inline=True)
-    served = ServedModel(model.info, model.processor, lane, labels_of(model.processor))
+    served = ServedModel(model.info, model.processor, lane, labels_of(model.processor), joining)
     made = Service(
         {"commands": served},
         cache=Cache(1 << 20, 10**12),
@@ -176,6 +178,49 @@ def test_an_unknown_label_from_the_cloud_is_not_believed(model):
             True,
         )
         assert (await made.ask("x")).origin is Origin.LOCAL  # degraded answers are not kept
+        await lane.close()
+
+    run(scenario)
+
+
+def scored(model, version, scores):
+    """A cloud that is asked for its scores and gives `scores`, whatever the labels."""
+
+    class Scoring(Cloud):
+        async def ask(self, model, request, *, deadline_ns):
+            assert "scores" in {output.name for output in request.outputs}
+            tensors = (
+                Tensor("intent", "BYTES", (1,), (self.model.processor.labels[1],)),
+                Tensor("confidence", "FP32", (1,), np.array([0.9], np.float32)),
+                Tensor("scores", "FP32", (1, len(scores)), np.array([scores], np.float32)),
+            )
+            return InferReply(model, version, tensors)
+
+    return Scoring(model)
+
+
+@pytest.mark.parametrize(
+    ("version", "width", "bad", "reason"),
+    [
+        ("7", 151, 0.0, Reason.UNSURE),  # fitted for it
+        ("8", 3, 0.0, Reason.UNSURE),  # another cloud with other labels: its answer alone
+        ("7", 3, 0.0, Reason.CLOUD_FAILED),
+        ("7", 151, np.nan, Reason.CLOUD_FAILED),
+        ("7", 151, -np.inf, Reason.CLOUD_FAILED),
+    ],
+)
+def test_scores_are_read_only_of_the_cloud_they_were_fitted_for(model, version, width, bad, reason):
+    async def scenario():
+        scores = np.full(width, -9.0)
+        scores[1], scores[2] = -0.01, scores[2] + bad
+        joining = Joining("7", model.processor.labels, Pooling(1.0, 1.0, (0.0, 1.0), (0.2, 0.4)))
+        made, _, lane = service(model, scored(model, version, scores), joining=joining)
+        outcome = await made.ask("x")
+        assert outcome.reason is reason
+        if reason is Reason.UNSURE:
+            assert outcome.answer.values[0] == model.processor.labels[1]
+            assert (outcome.answer.confidence <= 0.4) == (version == "7")
+            assert outcome.answer.extras == ()
         await lane.close()
 
     run(scenario)
