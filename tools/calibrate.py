@@ -13,17 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
-from edge_runtime.bundle import SIGNATURE, Bundle, find_bundle, load_bundle, sign_bundle, write_bundle
+from edge_runtime.bundle import SIGNATURE, Bundle, find_bundle, load_bundle, sign_bundle
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.manifest import CertificateEntry
 from tools.calibration.certificates import MIN_ROWS
 from tools.calibration.fit import ESCALATE, Calibrated, calibrate
-from tools.pack import bundle_logits, refuse_other_folder
+from tools.pack import bundle_logits, labels_of, next_version, refuse_other_folder, rewrite
 from tools.rows import OOS, BadRows, LabelledText, digest_of, read_rows, shortened
 from tools.trained_rows import found_in, read_trained
 
@@ -56,13 +55,6 @@ def fresh_rows(bundle: Bundle, rows: Sequence[LabelledText], where: str) -> list
     return list(rows)
 
 
-def labels_of(bundle: Bundle) -> list[str]:
-    """The bundle's labels in the order of the logits. Raises BadRows where it has none."""
-    if bundle.manifest.labels is None or bundle.manifest.calibration is None:
-        raise BadRows(f"bundle {bundle.manifest.name!r} has no labels to calibrate.")
-    return list(msgspec.json.decode(bundle.files[bundle.manifest.labels], type=list[str]))
-
-
 def recalibrate(
     source: Path,
     rows: Sequence[LabelledText],
@@ -89,13 +81,15 @@ def recalibrate(
         date=dt.datetime.now(dt.UTC).date().isoformat(),
         data_sha256=digest_of(rows),
     )
-    fields: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
     # Fusion with a cloud was fitted to the earlier scores, and does not outlive them.
-    fields |= {"version": str(int(bundle.manifest.version) + 1), "calibration": done.entry}
-    fields["metrics"] = bundle.manifest.metrics | done.report.metrics("calibration_")
-    for computed in ("format", "files"):
-        del fields[computed]
-    return write_bundle(out, fields, bundle.files), done
+    written = rewrite(
+        bundle,
+        out,
+        version=next_version(bundle),
+        calibration=done.entry,
+        metrics=bundle.manifest.metrics | done.report.metrics("calibration_"),
+    )
+    return written, done
 
 
 def certificate_lines(certificates: Sequence[CertificateEntry]) -> list[str]:

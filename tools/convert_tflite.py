@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edge_runtime.bundle import Bundle, load_bundle, write_bundle
+from edge_runtime.bundle import Bundle, load_bundle
 from edge_runtime.core.errors import BundleError, EdgeRuntimeError
 from tools.evaluate import answers_of
+from tools.pack import rewrite
 from tools.rows import BadRows, read_rows
 from tools.tflite_graph import OPEN, Graph, Op
 
@@ -142,15 +142,14 @@ def convert(source: Path, out: Path, texts: Sequence[str]) -> Bundle:
     manifest = bundle.manifest
     files = {name: data for name, data in bundle.files.items() if name != manifest.model}
     files["model.tflite"] = export_tflite(read_weights(bundle.files[manifest.model]))
-    fields = {**msgspec.to_builtins(manifest), "engine": "tflite", "model": "model.tflite"}
-    del fields["format"], fields["files"]
+    fields = {"engine": "tflite", "model": "model.tflite"}
     with tempfile.TemporaryDirectory() as folder:
-        write_bundle(Path(folder) / manifest.name, fields, files)
+        rewrite(bundle, Path(folder) / manifest.name, files, **fields)
         labels = [answers_of(f"{path}/", texts).labels for path in (source, Path(folder) / manifest.name)]
     different = np.flatnonzero(labels[0] != labels[1])
     if len(different):
         raise BundleError(f"{len(different)} of {len(texts)} texts get another label; nothing was written")
-    return write_bundle(out, fields, files)
+    return rewrite(bundle, out, files, **fields)
 
 
 def made_up_texts(count: int = 512) -> list[str]:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.fusion import pool
 from edge_runtime.model import load_model
 from tools.calibration.error import expected_calibration_error
+from tools.pack import labels_of, outputs_of
 from tools.rows import OOS, BadRows, LabelledText, read_rows
 
 SHARES = (0.05, 0.10, 0.15, 0.20, 0.30)
@@ -44,47 +44,37 @@ class Answers:
 def answers_of(bundle: str, texts: Sequence[str], *, threads: int = 2) -> Answers:
     """Ask as the bundle is served: grouped by shape, in batches; progress on stderr. Raises BundleError."""
     model = load_model(bundle, threads=threads)
-    groups: dict[Any, list[tuple[int, Any]]] = {}
-    for i, text in enumerate(texts):
-        row = model.processor.encode(text.encode())
-        groups.setdefault(tuple(array.shape for array in row), []).append((i, row))
-    labels, confidence = [""] * len(texts), np.zeros(len(texts))
-    scores: list[NDArray[np.float32] | None] = [None] * len(texts)
-    done = 0
-    for members in groups.values():
-        for start in range(0, len(members), model.max_batch):
-            part = members[start : start + model.max_batch]
-            for (i, _), output in zip(part, model.engine.run([row for _, row in part]), strict=True):
-                answer = model.processor.decode(output, texts[i].encode())
-                assert isinstance(answer.values[0], bytes)
-                labels[i], confidence[i] = answer.values[0].decode(), answer.confidence or 0.0
-                scores[i] = answer.extras[0] if answer.extras else None
-            done += len(part)
-            if sys.stderr.isatty():
-                print(f"\r{bundle}: {done}/{len(texts)}", end="", file=sys.stderr)
+
+    def after_batch(done: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{bundle}: {done}/{len(texts)}", end="", file=sys.stderr)
+
+    raw = [text.encode() for text in texts]
+    outputs = outputs_of(model.engine, [model.processor.encode(row) for row in raw], after_batch)
     model.engine.close()
-    known = [row for row in scores if row is not None]
-    return Answers(np.array(labels), confidence, np.stack(known) if len(known) == len(texts) else None)
+    answers = [model.processor.decode(output, row) for output, row in zip(outputs, raw, strict=True)]
+    labels = [answer.values[0].decode() for answer in answers if isinstance(answer.values[0], bytes)]
+    scores = [answer.extras[0] for answer in answers if answer.extras]
+    return Answers(
+        np.array(labels),
+        np.array([answer.confidence or 0.0 for answer in answers]),
+        np.stack(scores) if scores else None,
+    )
 
 
 def joined(bundle: str, edge: Answers, cloud_bundle: str, cloud: Answers) -> Answers:
     """What the runtime answers for escalated rows: joined where `bundle` is fitted for this cloud, else the cloud's."""
-    manifest = load_bundle(find_bundle(bundle)).manifest
-    fusion = manifest.calibration.fusion if manifest.calibration is not None else None
+    loaded = load_bundle(find_bundle(bundle))
+    calibration = loaded.manifest.calibration
+    fusion = calibration.fusion if calibration is not None else None
     version = load_bundle(find_bundle(cloud_bundle)).manifest.version
     if fusion is None or fusion.cloud_version != version or edge.scores is None or cloud.scores is None:
         return cloud
     pooled = pool(edge.scores, cloud.scores, fusion.edge_weight, fusion.cloud_weight)
     best = pooled.argmax(1)
     knots = np.array(fusion.knots)
-    labels = np.array(labels_of_bundle(bundle))
+    labels = np.array(labels_of(loaded))
     return Answers(labels[best], np.interp(np.exp(pooled.max(1)), knots[:, 0], knots[:, 1]), pooled)
-
-
-def labels_of_bundle(bundle: str) -> list[str]:
-    """The label names in the order of the scores."""
-    loaded = load_bundle(find_bundle(bundle))
-    return msgspec.json.decode(loaded.files[loaded.manifest.labels or ""], type=list[str])
 
 
 def alone(edge: Answers, truth: NDArray[np.str_]) -> dict[str, float]:
@@ -92,6 +82,7 @@ def alone(edge: Answers, truth: NDArray[np.str_]) -> dict[str, float]:
     right, inside = edge.labels == truth, truth != OOS
     report = {
         "rows": float(len(truth)),
+        "in_scope": float(inside.sum()),
         "accuracy": float(right[inside].mean()),
         "ece": expected_calibration_error(edge.confidence, right),
     }
@@ -185,7 +176,7 @@ def evaluate(
 
 def _lines(report: dict[str, Any]) -> list[str]:
     lines = [
-        f"{part['bundle']}: {part['accuracy']:.2%} of {part['rows']:.0f} rows in scope right, "
+        f"{part['bundle']}: {part['accuracy']:.2%} of {part['in_scope']:.0f} rows in scope right, "
         f"calibration error {part['ece']:.3f}"
         for part in (report, report.get("cloud"))
         if part

@@ -16,12 +16,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import find_bundle, load_bundle, write_bundle
+from edge_runtime.bundle import find_bundle, load_bundle
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.fusion import pool
 from edge_runtime.manifest import FusionEntry
 from tools.calibration.knots import fit_knots
-from tools.evaluate import Answers, answers_of, labels_of_bundle
+from tools.evaluate import Answers, answers_of
+from tools.pack import labels_of, next_version, rewrite
 from tools.rows import BadRows, LabelledText, read_rows
 
 #: Below this the weights are noise: five folds of forty rows each.
@@ -67,10 +68,10 @@ def fit_fusion(
 
 def fuse(bundle: Path, rows: list[LabelledText], cloud: str) -> dict[str, Any]:
     """Fit on `rows` and write the bundle anew with the next version. Raises EdgeRuntimeError."""
-    labels = labels_of_bundle(str(bundle))
-    if labels_of_bundle(cloud) != labels:
+    loaded, behind = load_bundle(bundle), load_bundle(find_bundle(cloud))
+    labels = labels_of(loaded)
+    if labels_of(behind) != labels:
         raise EdgeRuntimeError("The two bundles have different labels; make both from the same data.")
-    loaded = load_bundle(find_bundle(bundle))
     calibration = loaded.manifest.calibration
     if calibration is None or calibration.accept_threshold is None:
         raise EdgeRuntimeError("The edge bundle has no threshold; calibrate it first with tools.calibrate.")
@@ -81,14 +82,14 @@ def fuse(bundle: Path, rows: list[LabelledText], cloud: str) -> dict[str, Any]:
         )
     texts = [row.text for row in rows]
     truth = np.array([labels.index(row.label) for row in rows])
-    edge, other = answers_of(str(bundle), texts), answers_of(cloud, texts)
-    version = load_bundle(find_bundle(cloud)).manifest.version
-    fusion = fit_fusion(edge, other, truth, calibration.accept_threshold, version)
-    fields = msgspec.to_builtins(loaded.manifest)
-    fields["version"] = str(int(loaded.manifest.version) + 1)
-    fields["calibration"]["fusion"] = msgspec.to_builtins(fusion)
-    computed = ("format", "files")
-    written = write_bundle(bundle, {k: v for k, v in fields.items() if k not in computed}, loaded.files)
+    edge, other = answers_of(f"{bundle}/", texts), answers_of(cloud, texts)
+    fusion = fit_fusion(edge, other, truth, calibration.accept_threshold, behind.manifest.version)
+    written = rewrite(
+        loaded,
+        bundle,
+        version=next_version(loaded),
+        calibration=msgspec.structs.replace(calibration, fusion=fusion),
+    )
     return {"bundle": str(bundle), "version": written.manifest.version, **msgspec.to_builtins(fusion)}
 
 

@@ -72,6 +72,31 @@ def pack_classifier(
     return write_bundle(out, fields, files)
 
 
+def rewrite(bundle: Bundle, out: Path, files: Mapping[str, bytes] | None = None, **changes: Any) -> Bundle:
+    """Write `bundle` to `out` with other manifest fields, unsigned, and with `files` in place of its payloads.
+
+    Raises BundleError.
+    """
+    fields: dict[str, Any] = msgspec.to_builtins(bundle.manifest) | changes
+    for computed in ("format", "files"):
+        del fields[computed]
+    return write_bundle(out, fields, bundle.files if files is None else files)
+
+
+def next_version(bundle: Bundle) -> str:
+    """The version of changed content: devices refuse other content under one they know."""
+    return str(int(bundle.manifest.version) + 1)
+
+
+def labels_of(bundle: Bundle) -> list[str]:
+    """The bundle's labels in the order of the logits. Raises BundleError where it has none."""
+    if bundle.manifest.labels is None or bundle.manifest.calibration is None:
+        raise BundleError(
+            f"bundle {bundle.manifest.name!r} has no labels with a confidence; give another one"
+        )
+    return list(msgspec.json.decode(bundle.files[bundle.manifest.labels], type=list[str]))
+
+
 def refuse_other_folder(out: Path) -> None:
     """Raise BundleError where writing a bundle to `out` would replace something that is none."""
     if out.exists() and not (out / MANIFEST).is_file():
@@ -101,18 +126,25 @@ def engine_logits(
 
     `labels` is the width where there are no rows.
     """
+    found = [output[0] for output in outputs_of(engine, rows, after_batch)]
+    return np.stack(found) if found else np.zeros((0, labels), np.float32)
+
+
+def outputs_of(
+    engine: Engine, rows: Sequence[Row], after_batch: Callable[[int], None] | None = None
+) -> list[Row]:
+    """The model's outputs for encoded rows, in their order: grouped by shape, in batches as large as the engine takes."""
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(tuple(array.shape for array in row), []).append(i)
-    answers: list[NDArray[np.float32] | None] = [None] * len(rows)
+    outputs: list[Row] = [()] * len(rows)
     done = 0
     for members in groups.values():
         for start in range(0, len(members), engine.max_batch):
             part = members[start : start + engine.max_batch]
-            for i, answer in zip(part, engine.run([rows[i] for i in part]), strict=True):
-                answers[i] = answer[0]
+            for i, output in zip(part, engine.run([rows[i] for i in part]), strict=True):
+                outputs[i] = output
             done += len(part)
             if after_batch is not None:
                 after_batch(done)
-    found = [answer for answer in answers if answer is not None]
-    return np.stack(found) if found else np.zeros((0, labels), np.float32)
+    return outputs

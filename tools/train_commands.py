@@ -25,7 +25,7 @@ from edge_runtime.engines.build import build_engine
 from edge_runtime.manifest import MANIFEST, CreditEntry, is_id
 from tools.calibrate import report_lines, share
 from tools.calibration.fit import ESCALATE, Calibrated, calibrate
-from tools.pack import MINILM, engine_logits, pack_classifier, refuse_other_folder
+from tools.pack import MINILM, engine_logits, next_version, pack_classifier, refuse_other_folder
 from tools.rows import BadRows, LabelledText, digest_of, read_rows
 from tools.trained_rows import found_in, read_trained, remember
 from tools.training.data import Data, prepare
@@ -237,7 +237,7 @@ def _own(path: Path, data: Data) -> CreditEntry:
 
 def _next_version(out: Path) -> int:
     """Devices refuse another bundle of the same version, so each one made counts up."""
-    return int(load_bundle(out).manifest.version) + 1 if (out / MANIFEST).exists() else 1
+    return int(next_version(load_bundle(out))) if (out / MANIFEST).exists() else 1
 
 
 def _credit(text: str) -> CreditEntry:

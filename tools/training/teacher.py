@@ -4,13 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.bundle import load_bundle
 from edge_runtime.manifest import CreditEntry
-from tools.pack import bundle_logits
+from tools.pack import bundle_logits, labels_of
 from tools.rows import BadRows, shortened
 from tools.training.progress import Progress
 
@@ -23,7 +22,7 @@ class BundleTeacher:
 
     def __init__(self, path: Path, names: Sequence[str], threads: int) -> None:
         bundle = load_bundle(path)
-        labels = msgspec.json.decode(bundle.files[bundle.manifest.labels or ""], type=list[str])
+        labels = labels_of(bundle)
         index = {name: i for i, name in enumerate(labels)}
         unknown = [name for name in names if name not in index]
         if unknown:
