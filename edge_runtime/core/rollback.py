@@ -1,8 +1,9 @@
 """Which version of a signed bundle may run, given what ran before: never back, never two contents of one version.
 
 Two formats of one version differ in content by nature, so content is remembered per engine; versions are not, lest
-an old bundle of the other format be the way back. The ratchet is kept per name and signing key: with a new key it begins anew, so that whoever held a leaked key
-and signed version 10^17 cannot lock a device out for ever (The Update Framework resets its counters likewise).
+an old bundle of the other format be the way back. The ratchet is kept per name and signing key: with a new key it
+begins anew, so that whoever held a leaked key and signed version 10^17 cannot lock a device out for ever (The Update
+Framework resets its counters likewise).
 """
 
 from collections.abc import Mapping

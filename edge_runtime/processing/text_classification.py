@@ -31,7 +31,9 @@ class Calibration:
 
     With `out_of_scope`, the index of that label, the value is first multiplied by what this label leaves over:
     a text that may belong to no label is then never kept as a sure one (96 in place of 92 of 100 such texts are
-    escalated with 15 % of the others, at the same accuracy of what is kept). `scores` rise and `chances` do not fall; between knots the map is linear, beyond them constant.
+    escalated with 15 % of the others, at the same accuracy of what is kept).
+
+    `scores` rise and `chances` do not fall; between knots the map is linear, beyond them constant.
     """
 
     temperature: float
