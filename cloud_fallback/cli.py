@@ -3,8 +3,6 @@
 import asyncio
 import json
 import logging
-import os
-import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -86,19 +84,11 @@ def _show(path: Path | None, *, only_check: bool) -> None:
 async def run(config: CloudConfig, *, again: bool = False) -> None:
     """Load, serve, drain; `again` tries models anew whatever came of earlier trials. Raises ConfigError, BundleError."""
     from cloud_fallback.worker import Worker
-    from edge_runtime.stopping import unless_stopped
+    from edge_runtime.stopping import stop_signals, unless_stopped
     from edge_runtime.typed_toml import read_secret
 
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
     async with AsyncExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
         models = await unless_stopped(stop, _load(config, stack, again=again))
         if models is None:
             return

@@ -1,11 +1,9 @@
-"""The daemon: build, run, drain. Signals are handled here and nowhere else."""
+"""The daemon: build, run, drain."""
 
 import asyncio
 import ctypes
 import gc
 import logging
-import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -13,7 +11,7 @@ from contextlib import AsyncExitStack
 from edge_runtime.config import Config, socket_path, tcp_address
 from edge_runtime.runtime import Runtime
 from edge_runtime.server import start_server
-from edge_runtime.stopping import unless_stopped
+from edge_runtime.stopping import stop_signals, unless_stopped
 
 _log = logging.getLogger(__name__)
 
@@ -24,9 +22,8 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
     A second signal ends the process at once with exit code 1; one that comes while a model is tried ends the
     trial. Raises ConfigError, BundleError.
     """
-    stop = asyncio.Event()
-    _watch_signals(stop)
     async with AsyncExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
         runtime = await unless_stopped(stop, stack.enter_async_context(Runtime.open(config)))
         if runtime is None:
             return
@@ -75,14 +72,3 @@ def run(config: Config) -> None:
         asyncio.run(serve(config, announce))
     else:
         uvloop.run(serve(config, announce))
-
-
-def _watch_signals(stop: asyncio.Event) -> None:
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)  # asked twice: the operator does not want to wait for the drain
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
