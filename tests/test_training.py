@@ -28,6 +28,10 @@ from tools.training import cloud, edge
 from tools.training.augment import recombine
 from tools.training.data import prepare, stratified, val_share
 from tools.training.edge_net import Shape
+from tools.training.fine_tune import Recipe, logits_of
+from tools.training.loop import Checkpoint
+from tools.training.sentences import SentenceTeacher, is_english
+from tools.training.word_pieces import tokenised, tokenizer_of
 
 VERBS = {
     "light_on": ("turn on", "switch on", "light up", "please put on"),
@@ -89,7 +93,8 @@ def train(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            train_commands.main([*map(str, arguments), "--threads", "1"])
+            teacher = () if "--teacher" in arguments else ("--teacher", "none")
+            train_commands.main([*map(str, arguments), "--threads", "1", *teacher])
         except SystemExit as stop:
             code = stop.code
         return Done(code, *capsys.readouterr())
@@ -185,7 +190,7 @@ def test_texts_are_recombined_without_going_round_for_ever(texts):
 
 def train_tiny(data, work, **changes):
     recipe = replace(edge.ALONE, epochs=3, least_rows=1500, **changes)
-    return edge.train_edge(data, work=work, seed=3, shape=TINY, recipe=recipe, threads=1)
+    return edge.train_edge(data, work=work, seed=3, shape=TINY, recipe=recipe)
 
 
 def test_a_stopped_training_goes_on_to_the_same_result(tmp_path, monkeypatch):
@@ -268,7 +273,7 @@ def test_any_language_is_learned(tmp_path, words, unspaced):
 # --- cloud ---
 
 SMALL = Sizes(layers=2, hidden=32, heads=4, inner=64, vocabulary=200, positions=64)
-SHORT = cloud.Recipe(epochs=3, rate=1e-3, least_rows=600, batch=32)
+SHORT = Recipe(epochs=3, rate=1e-3, least_rows=600, batch=32)
 
 
 @pytest.fixture(scope="module")
@@ -306,8 +311,8 @@ def test_members_answer_by_their_mean_log_probability(tmp_path, tokeniser_folder
     # The graph computes what the network does, up to the rounding of its weights.
     net = Encoder(len(data.names), sizes=SMALL)
     net.load_state_dict(torch.load(kept[0], weights_only=True)["weights"])
-    ids = cloud.tokenised(cloud.tokenizer_of(tokeniser_folder), data.val.texts)
-    np.testing.assert_allclose(cloud.logits_of(net, ids), singles[0], atol=0.1)
+    ids = tokenised(tokenizer_of(tokeniser_folder), data.val.texts)
+    np.testing.assert_allclose(logits_of(net, ids), singles[0], atol=0.1)
     bad = tmp_path / "bad.pt"
     bad.write_bytes(b"nonsense")
     with pytest.raises(BadRows, match="holds no member"):
@@ -316,15 +321,15 @@ def test_members_answer_by_their_mean_log_probability(tmp_path, tokeniser_folder
 
 def test_a_stopped_fine_tuning_goes_on_to_the_same_result(tmp_path, tokeniser_folder, monkeypatch):
     whole = fine_tune(tmp_path / "whole", tokeniser_folder, members=2)[1]
-    save, saved = cloud.Checkpoint.save, []
+    save, saved = Checkpoint.save, []
 
     def stop_in_second_member(self, state):
         save(self, state)
         saved.append(self.path.name)
-        if saved[-2:] == ["running-2.pt"] * 2:
+        if saved[-2:] == ["running-member-2.pt"] * 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cloud.Checkpoint, "save", stop_in_second_member)
+    monkeypatch.setattr(Checkpoint, "save", stop_in_second_member)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(tmp_path / "work", tokeniser_folder, members=2)
     monkeypatch.undo()
@@ -404,6 +409,49 @@ def test_a_teacher_is_learned_from_and_credited(tmp_path, train, monkeypatch):
     assert "does not know 2 labels:\ncooler\nlight_on" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("texts", "known"),
+    [
+        (["turn it off", "caf\u00e9 please"], True),
+        (["\u5f00\u706f", "on"], False),
+        (["\u0434\u0430"], False),
+        (["1 2"], False),
+    ],
+)
+def test_the_sentence_encoder_is_asked_for_english_alone(texts, known):
+    assert is_english(texts) is known
+
+
+def test_without_a_teacher_the_sentence_encoder_is_one(tmp_path, train, monkeypatch):
+    monkeypatch.setattr(
+        train_commands,
+        "SELF_TAUGHT",
+        replace(edge.SELF_TAUGHT, recombined=1, least_recombined=50, least_rows=1000),
+    )
+    # The words that tell the labels apart in val are none of those in train: only their meaning helps.
+    learned = {"animal": ("dog", "cat", "horse", "cow"), "fruit": ("apple", "banana", "grape", "plum")}
+    asked = {"animal": ("puppy", "kitten", "pony"), "fruit": ("orange", "cherry", "peach")}
+    rows = [
+        LabelledText(f"{start} {word}", label, split)
+        for split, words in (("train", learned), ("val", asked))
+        for label, some in words.items()
+        for word in some
+        for start in ("i see a", "give me the", "what a nice", "there is one more")
+    ]
+    write_csv(tmp_path / "a.csv", rows, split=True)
+    data = prepare(rows, seed=0, where="f")
+    teacher = SentenceTeacher(data.train, 2, seed=0)
+    texts = [*data.train.texts, *data.val.texts]
+    logits = teacher.logits(texts, tmp_path / "work")
+    answers = logits[len(data.train) :].argmax(1)
+    assert (answers == data.val.labels).mean() > 0.8
+    np.testing.assert_array_equal(teacher.logits(texts, tmp_path / "work"), logits)  # from the cache
+    options = ("a.csv", "--tier", "edge", "--name", "a", "--epochs", "1", "--out", "a", "--threads", "1")
+    train_commands.main(options)
+    manifest = load_bundle(tmp_path / "a").manifest
+    assert "all-MiniLM-L6-v2" in {credit.name for credit in manifest.credits}
+
+
 @pytest.mark.parametrize("count", [2, 20])
 def test_very_few_rows_still_make_a_bundle(tmp_path, train, count):
     rows = [LabelledText(f"{word} {i}", word) for i in range(count // 2) for word in ("yes", "no")]
@@ -438,17 +486,29 @@ def test_mistakes_are_told_and_nothing_is_written(tmp_path, train, content, extr
 
 def test_a_run_killed_in_mid_epoch_goes_on_to_the_same_bundle(tmp_path, train):
     write_csv(tmp_path / "a.csv", ROWS)
-    options = ("a.csv", "--tier", "edge", "--name", "a", "--epochs", "4", "--threads", "1")
+    options = (
+        "a.csv",
+        "--tier",
+        "edge",
+        "--name",
+        "a",
+        "--epochs",
+        "2",
+        "--threads",
+        "1",
+        "--teacher",
+        "none",
+    )
     command = [sys.executable, "-m", "tools.train_commands", *options, "--out", "killed"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     for line in running.stderr:
-        if line.startswith("training 6"):  # within the third epoch
+        if line.startswith("training 7"):  # within the second epoch
             running.send_signal(signal.SIGKILL)
     running.stderr.close()
     assert running.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     resumed = train(*options, "--out", "killed")
-    assert "going on after epoch 2 of 4" in resumed.stderr
+    assert "going on after epoch 1 of 2" in resumed.stderr
     train(*options, "--out", "whole")
     one, other = (load_bundle(tmp_path / name) for name in ("killed", "whole"))
     assert one.files == other.files

@@ -29,8 +29,14 @@ from tools.pack import MINILM, engine_logits, next_version, pack_classifier, ref
 from tools.rows import BadRows, LabelledText, digest_of, read_rows
 from tools.trained_rows import found_in, read_trained, remember
 from tools.training.data import Data, prepare
-from tools.training.edge import Trained, train_edge
+from tools.training.edge import SELF_TAUGHT, Trained, train_edge
+from tools.training.own_teacher import OwnTeacher
 from tools.training.report import confusions, label_table, microseconds, write_report
+from tools.training.sentences import is_english
+from tools.training.teacher import BundleTeacher, Teacher
+
+#: The word for --teacher that stands for no teacher.
+NOBODY = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,17 +133,34 @@ def _train(arguments: argparse.Namespace, data: Data) -> tuple[Trained, list[Cre
     work = arguments.work or beside(arguments.out, ".work")
     common = {"work": work, "seed": arguments.seed, "epochs": arguments.epochs}
     if arguments.tier == "edge":
-        made_from = list(load_bundle(arguments.teacher).manifest.credits) if arguments.teacher else []
+        teacher = _teacher(arguments, data)
         known = {credit.name for credit in arguments.credit or ()}
-        trained = train_edge(data, teacher=arguments.teacher, threads=arguments.threads, **common)
-        return trained, [credit for credit in made_from if credit.name not in known]
+        made_from = [credit for credit in teacher.credits if credit.name not in known] if teacher else []
+        recipe = SELF_TAUGHT if isinstance(teacher, OwnTeacher) else None
+        return train_edge(data, teacher=teacher, recipe=recipe, **common), made_from
     from tools.training.cloud import train_cloud
 
-    trained = train_cloud(data, members=arguments.members, given=arguments.member_checkpoints or (), **common)
+    given = arguments.member_checkpoints or ()
+    trained = train_cloud(data, members=arguments.members, given=given, **common)
     return trained, [MINILM]
 
 
-def _notes(rows: Sequence[LabelledText], data: Data, teacher: Path | None) -> list[str]:
+def _teacher(arguments: argparse.Namespace, data: Data) -> Teacher | None:
+    """The bundle that was named; else the sentence encoder where it is installed and knows the language."""
+    if arguments.teacher == NOBODY:
+        return None
+    if arguments.teacher is not None:
+        return BundleTeacher(find_bundle(arguments.teacher), data.names, arguments.threads)
+    if not is_english(data.train.texts):
+        return None
+    try:
+        return OwnTeacher(data, seed=arguments.seed)
+    except EdgeRuntimeError as error:
+        print(f"note: no teacher: {error}", file=sys.stderr)
+        return None
+
+
+def _notes(rows: Sequence[LabelledText], data: Data, teacher: str | None) -> list[str]:
     notes = []
     if any(row.slots for row in rows):
         notes.append("slots are not learned here; tools.train_slots does that")
@@ -145,10 +168,9 @@ def _notes(rows: Sequence[LabelledText], data: Data, teacher: Path | None) -> li
         notes.append("no row could be set aside: accuracy is unknown and the confidence a guess")
     elif len(data.val) < 200:
         notes.append(f"{len(data.val)} val rows say little of the confidence; 200 more make a calibration")
-    manifest = load_bundle(teacher).manifest if teacher else None
-    if teacher and manifest and manifest.trained_rows:
-        trained = read_trained(load_bundle(teacher).files[manifest.trained_rows])
-        found, too_many = found_in(trained, data.val.texts)
+    bundle = load_bundle(find_bundle(teacher)) if teacher not in (None, NOBODY) else None
+    if bundle is not None and bundle.manifest.trained_rows:
+        found, too_many = found_in(read_trained(bundle.files[bundle.manifest.trained_rows]), data.val.texts)
         if too_many:
             notes.append(
                 f"the teacher has learned {len(found)} of the val rows: accuracy and confidence flatter; train the "
@@ -186,7 +208,7 @@ def _report(
         "training": [msgspec.to_builtins(point) for point in trained.curve],
         "recipe": trained.recipe,
         "seed": arguments.seed,
-        "teacher": str(arguments.teacher) if arguments.teacher else None,
+        "teacher": trained.teacher,
     }
 
 
@@ -258,7 +280,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadRows(f"--name {arguments.name!r}: use lower-case letters, digits, dot, dash and underscore.")
     if arguments.teacher and arguments.tier == "cloud":
         raise BadRows("--teacher is for the edge tier; the cloud's is the teacher.")
-    arguments.teacher = find_bundle(arguments.teacher) if arguments.teacher else None
     if arguments.tier == "edge" and (arguments.member_checkpoints or arguments.members > 1):
         raise BadRows("--members and --member-checkpoints are for the cloud tier.")
 
@@ -273,7 +294,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--name", required=True, help="what clients call the model")
     options.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     options.add_argument(
-        "--teacher", type=Path, help="edge: a bundle whose answers are learned besides the labels"
+        "--teacher",
+        metavar="BUNDLE",
+        help="edge: learn its answers besides the labels (./folder or name); 'none': nobody's; default, for English: "
+        "what a sentence encoder and an n-gram net say",
     )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--epochs", type=_positive)

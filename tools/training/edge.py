@@ -18,7 +18,7 @@ from tools.training.data import Data
 from tools.training.edge_net import EdgeNet, Shape, export, logits_of
 from tools.training.loop import Checkpoint, Epoch, in_scope_accuracy, passes, run_epochs, seeded
 from tools.training.progress import Progress
-from tools.training.teacher import BundleTeacher
+from tools.training.teacher import Teacher
 
 MAX_BATCH = 64
 
@@ -57,9 +57,10 @@ class Recipe:
     copies: int = 2
 
 
-#: Without a teacher, and with one.
+#: Without a teacher, with a bundle as one, and with a teacher of our own, which is to cost no more than minutes.
 ALONE = Recipe()
 TAUGHT = Recipe(epochs=12, keep=0.85, dropout=0.15, smoothing=0.0)
+SELF_TAUGHT = replace(TAUGHT, epochs=14, recombined=2, least_recombined=6000, most_recombined=15_000)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Trained:
     rows: list[Row]  # of the val texts, as the bundle encodes them
     curve: list[Epoch]
     recipe: dict[str, object]
+    teacher: str | None = None  # the digest or name of who was learned from
     max_batch: int = MAX_BATCH
 
 
@@ -80,14 +82,20 @@ def features_for(texts: Sequence[str]) -> Features:
     return Features(grams=(3, 6)) if is_unspaced(texts) else Features()
 
 
+def featurised(texts: Sequence[str], features: Features, shape: Shape) -> NDArray[np.int32]:
+    """Indices [n, slots] as the bundle computes them."""
+    featuriser = NgramFeaturiser(buckets=shape.buckets, **asdict(features))
+    rows = [featuriser.encode(text)[0] for text in texts]
+    return np.stack(rows) if rows else np.zeros((0, features.slots), np.int32)
+
+
 def train_edge(
     data: Data,
     *,
     work: Path,
     seed: int = 0,
     epochs: int | None = None,
-    teacher: Path | None = None,
-    threads: int = 2,
+    teacher: Teacher | None = None,
     shape: Shape | None = None,
     recipe: Recipe | None = None,
 ) -> Trained:
@@ -95,29 +103,22 @@ def train_edge(
     shape, features = shape or Shape(), features_for(data.train.texts)
     recipe = recipe or (TAUGHT if teacher else ALONE)
     recipe = replace(recipe, epochs=epochs) if epochs is not None else recipe
-    featuriser = NgramFeaturiser(buckets=shape.buckets, **asdict(features))
-
-    def encoded(texts: Sequence[str]) -> NDArray[np.int32]:
-        rows = [featuriser.encode(text)[0] for text in texts]
-        return np.stack(rows) if rows else np.zeros((0, features.slots), np.int32)
-
     texts, labels, soft = list(data.train.texts), data.train.labels, None
     key = (data.sha256, data.names, data.train.texts, asdict(shape), asdict(features), asdict(recipe), seed)
     if teacher is not None:
-        master = BundleTeacher(teacher, data.names, threads)
-        key += (master.digest,)
+        key += (teacher.digest,)
         count = min(max(recipe.recombined * len(texts), recipe.least_recombined), recipe.most_recombined)
         made = recombine(texts, labels, count, np.random.default_rng(seed))
-        soft = master.logits([*texts, *made], work)
+        soft = teacher.logits([*texts, *made], work)
         texts = texts * recipe.copies + made
         soft = np.concatenate([soft[: len(labels)]] * recipe.copies + [soft[len(labels) :]])
         labels = np.concatenate([labels] * recipe.copies + [np.full(len(made), -1)])
     torch.manual_seed(seed)
     net = EdgeNet(shape, len(data.names))
-    val = encoded(data.val.texts)
+    val = featurised(data.val.texts, features, shape)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     curve = fit(
-        net, encoded(texts), labels, soft, recipe,
+        net, featurised(texts, features, shape), labels, soft, recipe,
         seed=seed,
         checkpoint=Checkpoint(work / "edge.pt", digest),
         val=(val, data.val.labels, data.oos),
@@ -135,6 +136,7 @@ def train_edge(
         [(row,) for row in val],
         curve,
         {"shape": asdict(shape), "features": asdict(features), **asdict(recipe)},
+        teacher=None if teacher is None else teacher.digest,
     )
 
 

@@ -1,6 +1,7 @@
 """The edge tier's network: a quantised bag of n-grams, a normalisation and a small head; in torch and as ONNX."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,21 @@ class Shape:
     levels: int = 7
 
 
+class _Rounded(torch.autograd.Function):
+    """The table in whole steps; the gradient passes as if nothing had been rounded (straight-through estimator).
+
+    In place, since passes over the table are what a step of training spends its time on.
+    """
+
+    @staticmethod
+    def forward(_context: Any, table: Tensor, scales: Tensor) -> Tensor:
+        return (table / scales).round_().mul_(scales)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class EdgeNet(nn.Module):
     """Indices [n, slots] -> logits [n, labels]. The table's last row is the pad row and stays zero."""
 
@@ -37,7 +53,9 @@ class EdgeNet(nn.Module):
 
     def scales(self) -> Tensor:
         """Each table row's step [buckets + 1, 1]."""
-        return self.table.detach().abs().amax(1, keepdim=True).clamp(min=1e-8) / self.shape.levels
+        table = self.table.detach()
+        largest = torch.maximum(table.amax(1, keepdim=True), -table.amin(1, keepdim=True))
+        return largest.clamp(min=1e-8) / self.shape.levels
 
     def rounded(self, scales: Tensor) -> Tensor:
         """Whole steps of each table entry, in -levels..levels."""
@@ -46,13 +64,13 @@ class EdgeNet(nn.Module):
     def forward(self, slots: Tensor, keep: float = 1.0, dropout: float = 0.0) -> Tensor:
         table = self.table
         if self.is_quantised:
-            scales = self.scales()
-            # The gradient passes as if nothing had been rounded (straight-through estimator).
-            table = table + (self.rounded(scales) * scales - table).detach()
-        weights = (slots != self.shape.buckets).float()
+            table = _Rounded.apply(table, self.scales())  # type: ignore[no-untyped-call]
+        kept = slots != self.shape.buckets
         if keep < 1.0:
-            weights = weights * (torch.rand_like(weights) < keep)
-        bag = nnf.embedding_bag(slots, table, per_sample_weights=weights, mode="sum")
+            kept &= torch.rand(slots.shape) < keep
+        # Only what is kept is summed: a third of the slots is padding.
+        counts = kept.sum(1, dtype=torch.int32)
+        bag = nnf.embedding_bag(slots[kept], table, counts.cumsum(0, dtype=torch.int32) - counts, mode="sum")
         x = nnf.dropout(self.norm(bag), dropout, self.training)
         hidden = nnf.dropout(self.norm_up(nnf.gelu(self.up(x))), dropout, self.training)
         return self.head(hidden) + self.direct(x)

@@ -1,8 +1,9 @@
 """A larger bundle's answers as something to learn from besides the labels."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from tools.training.progress import Progress
 
 #: Texts a file of the cache holds; a killed run loses at most so many.
 CHUNK = 8192
+
+T = TypeVar("T")
 
 
 class BundleTeacher:
@@ -34,20 +37,39 @@ class BundleTeacher:
 
     def logits(self, texts: Sequence[str], work: Path) -> NDArray[np.float16]:
         """Logits [n, labels], kept in the folder `work` as they come: a transformer takes minutes."""
-        work.mkdir(parents=True, exist_ok=True)
         progress = Progress("the teacher's answers", len(texts))
-        parts = []
-        for start in range(0, len(texts), CHUNK):
-            chunk = texts[start : start + CHUNK]
-            key = hashlib.sha256(repr((self.digest, self._columns, chunk)).encode()).hexdigest()[:16]
-            path = work / f"teacher-{key}.npy"
-            if not path.exists():
-                fresh = path.with_suffix(".new")
-                logits = bundle_logits(
-                    self._path, chunk, self._threads, lambda done, start=start: progress.at(start + done)
-                )
-                with fresh.open("wb") as file:
-                    np.save(file, logits[:, self._columns].astype(np.float16))
-                fresh.replace(path)
-            parts.append(np.load(path))
-        return np.concatenate(parts)
+
+        def compute(chunk: Sequence[str], start: int) -> NDArray[np.float32]:
+            heard = bundle_logits(self._path, chunk, self._threads, lambda done: progress.at(start + done))
+            return heard[:, self._columns]
+
+        return cached(work, repr((self.digest, self._columns)), texts, compute)
+
+
+def cached(
+    work: Path, key: str, texts: Sequence[T], compute: Callable[[Sequence[T], int], NDArray[np.float32]]
+) -> NDArray[np.float16]:
+    """What `compute(chunk, start)` returns for all texts (or their tokens), each chunk kept in a file of `work` as it is done."""
+    work.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for start in range(0, len(texts), CHUNK):
+        chunk = texts[start : start + CHUNK]
+        name = hashlib.sha256(repr((key, chunk)).encode()).hexdigest()[:16]
+        path = work / f"teacher-{name}.npy"
+        if not path.exists():
+            fresh = path.with_suffix(".new")
+            with fresh.open("wb") as file:
+                np.save(file, compute(chunk, start).astype(np.float16))
+            fresh.replace(path)
+        parts.append(np.load(path))
+    return np.concatenate(parts)
+
+
+class Teacher(Protocol):
+    """Who knows the labels of texts; `digest` says which one it is."""
+
+    digest: str
+    credits: tuple[CreditEntry, ...]
+
+    def logits(self, texts: Sequence[str], work: Path) -> NDArray[np.float16]:
+        """Logits [n, labels]."""
