@@ -81,7 +81,7 @@ bench: $(READY) ## requests per second of the daemon under wrk, each text differ
 perf: $(READY) ## NVIDIA's perf_analyzer against the daemon
 	@./tools/perf_analyzer.sh
 
-models: $(TRAIN) ## remake the shipped bundles (an hour): make models DATA=data_full.json
+models: $(TRAIN) ## remake the shipped bundles (two hours): make models DATA=data_full.json
 	@DATA="$(DATA)" ./tools/make_models.sh
 
 clean: ## remove what the other targets made

@@ -24,8 +24,9 @@ from tools.encoder import Dropout, Encoder, Sizes
 from tools.pack import engine_logits
 from tools.rows import OOS, BadRows, LabelledText, normalised
 from tools.trained_rows import read_trained
-from tools.training import cloud, edge
+from tools.training import cloud, cloud_student, edge
 from tools.training.augment import recombine
+from tools.training.cloud_student import STUDENT
 from tools.training.data import prepare, stratified, val_share
 from tools.training.edge_net import Shape
 from tools.training.fine_tune import Recipe, logits_of
@@ -93,7 +94,7 @@ def train(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            teacher = () if "--teacher" in arguments else ("--teacher", "none")
+            teacher = () if {"--teacher", "cloud"} & set(arguments) else ("--teacher", "none")
             train_commands.main([*map(str, arguments), "--threads", "1", *teacher])
         except SystemExit as stop:
             code = stop.code
@@ -336,6 +337,55 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_result(tmp_path, tokeniser_fo
     assert fine_tune(tmp_path / "work", tokeniser_folder, members=2)[1].model == whole.model
 
 
+def test_a_student_learns_what_members_say_together(tmp_path, tokeniser_folder, monkeypatch):
+    data, worse = fine_tune(tmp_path / "worse", tokeniser_folder, seed=2, epochs=1)
+    better = fine_tune(tmp_path / "better", tokeniser_folder)[1]
+    assert worse.curve[-1].accuracy < better.curve[-1].accuracy
+    given = [tmp_path / "worse" / "member-2.pt", tmp_path / "better" / "member-1.pt"]
+    tokenizer = tokenizer_of(tokeniser_folder)
+    val = tokenised(tokenizer, data.val.texts)
+
+    def said(path):
+        net = Encoder(len(data.names), sizes=SMALL)
+        net.load_state_dict(torch.load(path, weights_only=True)["weights"])
+        return torch.from_numpy(logits_of(net, val)).log_softmax(1)
+
+    def learned(work, **changes):
+        recipe = replace(STUDENT.recipe, **{"rate": 1e-3, "batch": 32, "dropout": 0.0, **changes})
+        student = replace(STUDENT, recipe=recipe, hard_share=0.0)
+        trained = fine_tune(work, tokeniser_folder, given=given, distil=True, student=student)[1]
+        return trained, said(work / "student-1.pt")
+
+    # It begins as the better one, which is not the first,
+    np.testing.assert_allclose(learned(tmp_path / "begun", rate=0.0)[1], said(given[1]), atol=1e-5)
+    trained, student = learned(tmp_path / "work")
+    wanted = torch.stack([said(path) for path in given]).mean(0).softmax(1)
+    far = [float(-(wanted * x).sum(1).mean()) for x in (student, said(given[1]), wanted.log())]
+    assert far[0] - far[2] < 0.3 * (far[1] - far[2])  # ... and comes near to the mean of both.
+    assert trained.recipe["members"] == 2
+    assert sorted(path.name for path in (tmp_path / "work").glob("*.pt")) == ["student-1.pt"]
+    # Killed at the end of its epoch, it goes on; nobody is asked again.
+    save = Checkpoint.save
+
+    def stop(self, state):
+        save(self, state)
+        if self.path.name == "running-student-1.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        learned(tmp_path / "killed")
+    monkeypatch.undo()
+    monkeypatch.setattr(cloud_student, "half_precision", None)
+    assert learned(tmp_path / "killed")[0].model == trained.model
+
+
+def test_a_student_learns_labels_too_where_there_are_some():
+    heard = np.log(np.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]], np.float32))
+    wanted = [[0.8, 0.2], [0.08, 0.92], [0.9, 0.1]]
+    np.testing.assert_allclose(cloud_student.targets(heard, np.array([0, 1]), 0.6), wanted, atol=1e-6)
+
+
 def test_dropout_by_bytes_keeps_the_mean():
     torch.manual_seed(0)
     dropout, x = Dropout(0.1), torch.ones(1000, 1001)
@@ -470,6 +520,8 @@ def test_very_few_rows_still_make_a_bundle(tmp_path, train, count):
         ("text,label\nhi,x\n", (), "one label only"),
         ("text,label\nhi,x\nho,y\n", ("--name", "My Model"), "--name 'My Model'"),
         ("text,label\nhi,x\nho,y\n", ("--members", "2"), "for the cloud tier"),
+        ("text,label\nhi,x\nho,y\n", ("--distil",), "for the cloud tier"),
+        ("text,label\nhi,x\nho,y\n", ("--tier", "cloud", "--distil"), "add --members 2"),
         ("text,label\nhi,x\nho,y\n", ("--key", "none"), "none"),
         ("text,label\nhi,x\nho,y\n", ("--out", "full"), "is no bundle"),
     ],

@@ -12,7 +12,7 @@ train() {
 }
 mkdir -p build
 "$python" -m tools.clinc "$data" build/clinc.jsonl
-train --tier cloud --seed 1 --out models/commands-cloud --work build/cloud.work --report build/cloud-report
+train --tier cloud --members 2 --distil --seed 1 --out models/commands-cloud --work build/cloud.work --report build/cloud-report
 train --tier edge --teacher ./models/commands-cloud --out models/commands --work build/edge.work --report build/edge-report
 "$python" -m tools.fuse models/commands build/clinc.jsonl --split val --cloud models/commands-cloud
 if [ -n "${SNIPS:-}" ]; then

@@ -141,7 +141,7 @@ def _train(arguments: argparse.Namespace, data: Data) -> tuple[Trained, list[Cre
     from tools.training.cloud import train_cloud
 
     given = arguments.member_checkpoints or ()
-    trained = train_cloud(data, members=arguments.members, given=given, **common)
+    trained = train_cloud(data, members=arguments.members, given=given, distil=arguments.distil, **common)
     return trained, [MINILM]
 
 
@@ -280,8 +280,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadRows(f"--name {arguments.name!r}: use lower-case letters, digits, dot, dash and underscore.")
     if arguments.teacher and arguments.tier == "cloud":
         raise BadRows("--teacher is for the edge tier; the cloud's is the teacher.")
-    if arguments.tier == "edge" and (arguments.member_checkpoints or arguments.members > 1):
-        raise BadRows("--members and --member-checkpoints are for the cloud tier.")
+    members = len(arguments.member_checkpoints or ()) or arguments.members
+    if arguments.tier == "edge" and (arguments.member_checkpoints or members > 1 or arguments.distil):
+        raise BadRows("--members, --member-checkpoints and --distil are for the cloud tier.")
+    if arguments.distil and members < 2:
+        raise BadRows("--distil learns from several members: add --members 2, or two --member-checkpoints.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -311,6 +314,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--members", type=_positive, default=1, help="cloud: encoders whose mean answers")
     options.add_argument(
         "--member-checkpoints", type=Path, nargs="+", metavar="PT", help="cloud: pack these, train none"
+    )
+    options.add_argument(
+        "--distil",
+        action="store_true",
+        help="cloud: one epoch more for a single encoder that learns what the members say together",
     )
     options.add_argument("--escalate", type=share, default=ESCALATE, help="share of in-scope rows to send on")
     options.add_argument("--licence", default="not stated", help="of the bundle")

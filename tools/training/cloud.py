@@ -12,6 +12,7 @@ from edge_runtime.processing.wordpiece import WordpieceFeaturiser
 from tools.encoder import PAD, Encoder, Sizes, load_pretrained, pretrained_folder
 from tools.rows import BadRows
 from tools.training.cloud_graph import export
+from tools.training.cloud_student import STUDENT, Student, learn_from
 from tools.training.data import Data
 from tools.training.edge import Trained
 from tools.training.fine_tune import Recipe, Task, fine_tune
@@ -29,14 +30,17 @@ def train_cloud(
     epochs: int | None = None,
     members: int = 1,
     given: Sequence[Path] = (),
+    distil: bool = False,
     recipe: Recipe | None = None,
+    student: Student = STUDENT,
     sizes: Sizes | None = None,
     source: Path | None = None,
 ) -> Trained:
     """Train `members` encoders, or take the averaged weights of those `given`; pack them as one graph.
 
-    A killed run goes on at the member and epoch it was in. `source` is the folder of tokeniser and pretrained
-    weights; without weights in it (tests) the encoder begins at random. Raises BadRows, EdgeRuntimeError.
+    With `distil` the best of them learns what all say together, and is packed alone. A killed run goes on at the
+    member and epoch it was in. `source` is the folder of tokeniser and pretrained weights; without weights in it
+    (tests) the encoder begins at random. Raises BadRows, EdgeRuntimeError.
     """
     recipe, sizes, source = recipe or Recipe(), sizes or Sizes(), source or pretrained_folder()
     recipe = replace(recipe, epochs=epochs) if epochs is not None else recipe
@@ -44,7 +48,13 @@ def train_cloud(
     asked = (
         _given(data, given, sizes) if given else _trained(data, recipe, sizes, source, seed, members, work)
     )
-    nets, curves = zip(*asked, strict=True)
+    used = {"members": len(given) or members, **asdict(recipe)}
+    if distil:
+        net, curve = learn_from(asked, data, student, sizes, source, seed=seed, work=work)
+        nets, used = [net], {**used, "student": asdict(student)}
+    else:
+        nets, curves = zip(*asked, strict=True)
+        curve = curves[-1]
     featuriser = WordpieceFeaturiser(tokenizer, lengths=LENGTHS, pad=PAD)
     return Trained(
         export(nets, LENGTHS[-1]),
@@ -53,8 +63,8 @@ def train_cloud(
         ),
         {"tokenizer.json": tokenizer},
         [featuriser.encode(text) for text in data.val.texts],
-        curves[-1],
-        {"members": len(nets), **asdict(recipe)},
+        curve,
+        used,
         max_batch=MAX_BATCH,
     )
 
