@@ -1,0 +1,158 @@
+"""Which answers stay when memory is short: S3-FIFO, bounded in bytes. No clock, no randomness, no values read.
+
+S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023): most answers are asked for
+once, so a new one waits in a small queue and goes from there, unless it was asked for again meanwhile; the
+main queue gives each answer that was used another round. A hit counts up and moves nothing, which is why it
+costs less than the reordering of LRU. With entries of one size this is the paper's policy; where sizes differ, what
+is larger than the mean must have been asked for as many times more often, which brings the hits of few large
+answers to many small ones. `python -m tools.cache_traces` compares it with LRU and W-TinyLFU.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+Value = TypeVar("Value")
+
+_SMALL_SHARE = 0.1  # of the bytes, as in the paper; with 0.05 and 0.2 hit ratios differ by about a point
+_MOST_USES = 3  # two bits, as in the paper: rounds an answer survives in the main queue unasked
+
+
+@dataclass(slots=True)
+class Entry(Generic[Value]):
+    """A kept value. `group` is what it goes with when that is forgotten; `uses` and `is_main` are the policy's."""
+
+    key: bytes
+    value: Value
+    group: str
+    size_bytes: int
+    expires_ns: int
+    uses: int = 0
+    is_main: bool = False
+
+
+class Eviction(Protocol[Value]):
+    """A bounded set of entries by key that decides by itself which ones it lets go.
+
+    Invariants: `size_bytes` is the sum of the entries' and never above `max_bytes`; the same calls in the
+    same order leave the same entries.
+    """
+
+    max_bytes: int
+    size_bytes: int
+    evictions: int
+
+    def __len__(self) -> int: ...
+
+    def get(self, key: bytes) -> Entry[Value] | None:
+        """The entry of `key`, counted as a use."""
+
+    def put(self, entry: Entry[Value]) -> None:
+        """Keep `entry` in place of an older one of its key, or not; others may go for it."""
+
+    def retain(self, keeps: Callable[[Entry[Value]], bool]) -> None:
+        """Drop all entries but those that `keeps` holds for."""
+
+
+class S3Fifo(Generic[Value]):
+    """Three queues: new entries, entries that proved useful, and the keys of those that went too early."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.size_bytes = 0
+        self.evictions = 0
+        self._entries: dict[bytes, Entry[Value]] = {}
+        self._small: deque[Entry[Value]] = deque()
+        self._small_bytes = 0
+        self._small_limit = int(max_bytes * _SMALL_SHARE)
+        self._main: deque[Entry[Value]] = deque()
+        self._ghosts: set[bytes] = set()
+        self._ghost_order: deque[bytes] = deque()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: bytes) -> Entry[Value] | None:
+        """The entry of `key`; the next rounds know that it was asked for."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.uses < _MOST_USES:
+            entry.uses += 1
+        return entry
+
+    def put(self, entry: Entry[Value]) -> None:
+        """Keep `entry`. One that cannot fit evicts nobody and is not kept, nor is what it would replace."""
+        old = self._entries.get(entry.key)
+        if entry.size_bytes > self.max_bytes:
+            if old is not None:
+                self.retain(lambda kept: kept is not old)
+            return
+        if old is not None:
+            self._replace(old, entry)
+            return
+        while self.size_bytes + entry.size_bytes > self.max_bytes:
+            self._evict()
+        self._entries[entry.key] = entry
+        self.size_bytes += entry.size_bytes
+        entry.uses = 0
+        entry.is_main = False
+        if entry.key in self._ghosts:
+            self._ghosts.discard(entry.key)
+            entry.uses = 1
+            # A large one must prove itself once more (57.0 in place of 56.0 % of Zipf 0.9 with 5 % of the bytes).
+            entry.is_main = entry.size_bytes <= 2 * self._mean_bytes()
+        if entry.is_main:
+            self._main.append(entry)
+        else:
+            self._small_bytes += entry.size_bytes
+            self._small.append(entry)
+
+    def retain(self, keeps: Callable[[Entry[Value]], bool]) -> None:
+        """Drop all entries but those that `keeps` holds for; these stay in their order."""
+        self._small = deque(entry for entry in self._small if keeps(entry))
+        self._main = deque(entry for entry in self._main if keeps(entry))
+        self._entries = {entry.key: entry for entry in (*self._small, *self._main)}
+        self._small_bytes = sum(entry.size_bytes for entry in self._small)
+        self.size_bytes = self._small_bytes + sum(entry.size_bytes for entry in self._main)
+
+    def _replace(self, old: Entry[Value], new: Entry[Value]) -> None:
+        """A new value in the old place: what was asked for often stays known as such."""
+        grown = new.size_bytes - old.size_bytes
+        self.size_bytes += grown
+        if not old.is_main:
+            self._small_bytes += grown
+        old.value, old.group = new.value, new.group
+        old.size_bytes, old.expires_ns = new.size_bytes, new.expires_ns
+        while self.size_bytes > self.max_bytes:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Let one entry go, or move one on: repeated, it ends, since each round uses up `uses`."""
+        if self._small and (self._small_bytes > self._small_limit or not self._main):
+            entry = self._small.popleft()
+            self._small_bytes -= entry.size_bytes
+            if entry.uses * self._mean_bytes() > entry.size_bytes:
+                entry.uses = 0
+                entry.is_main = True
+                self._main.append(entry)
+                return
+            self._remember(entry.key)
+        else:
+            entry = self._main.popleft()
+            if entry.uses > 0 and entry.uses * self._mean_bytes() >= entry.size_bytes:
+                entry.uses -= 1
+                self._main.append(entry)
+                return
+        del self._entries[entry.key]
+        self.size_bytes -= entry.size_bytes
+        self.evictions += 1
+
+    def _mean_bytes(self) -> int:
+        return self.size_bytes // len(self._entries)
+
+    def _remember(self, key: bytes) -> None:
+        """Keep the key of what went from the small queue, as many as there are entries."""
+        self._ghosts.add(key)
+        self._ghost_order.append(key)
+        while len(self._ghost_order) > len(self._entries):
+            self._ghosts.discard(self._ghost_order.popleft())
