@@ -38,11 +38,16 @@ class BatchSettings(Settings, frozen=True):
 
 
 class CacheSettings(Settings, frozen=True):
-    """The answer cache in memory."""
+    """The answer cache in memory, and below it one on disk."""
 
     enabled: bool = True
-    max_bytes: Positive = 2 << 20  # about 3,500 commands
+    max_bytes: Positive = 2 << 20  # about 3,000 commands
     ttl_s: Seconds = 3600.0
+    # How long after that an answer of the cloud may still be given, marked stale, while the cloud is out of reach.
+    # A day: a link lost in the evening is repaired next morning, and the same question rarely changes its answer.
+    stale_s: Annotated[float, msgspec.Meta(ge=0, le=7 * 86_400)] = 86_400.0
+    path: str = "off"  # a file that outlives the process: a path, "auto" (state directory), or "off"
+    disk_max_bytes: Annotated[int, msgspec.Meta(ge=4 << 20)] = 64 << 20  # of that file with its log
 
 
 class RequestSettings(Settings, frozen=True):

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from edge_runtime.recall import Store
 from edge_runtime.service import Service
 from edge_runtime.uplink import Uplink
 
@@ -75,9 +76,30 @@ def _cache(service: Service) -> Iterable[Metric]:
     yield CounterMetricFamily(
         "edge_coalesced_rows", "Rows that waited for an equal one in flight.", service.counters.coalesced
     )
-    if service.cache is not None:
-        yield GaugeMetricFamily("edge_cache_bytes", "Bytes the cache holds.", service.cache.size_bytes)
-        yield GaugeMetricFamily("edge_cache_entries", "Answers the cache holds.", len(service.cache))
+    if service.recall is None:
+        return
+    memory = service.recall.memory
+    yield GaugeMetricFamily("edge_cache_bytes", "Bytes the cache holds.", memory.size_bytes)
+    yield GaugeMetricFamily("edge_cache_entries", "Answers the cache holds.", len(memory))
+    yield CounterMetricFamily("edge_cache_evictions", "Answers that went for others.", memory.evictions)
+    if service.recall.disk is not None:
+        yield from _disk(service.recall.disk)
+
+
+def _disk(store: Store) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        "edge_disk_cache_up", "1 unless a fault of its file turned it off.", int(store.is_on)
+    )
+    yield GaugeMetricFamily("edge_disk_cache_bytes", "Bytes in the file.", store.size_bytes)
+    yield GaugeMetricFamily(
+        "edge_disk_cache_lookup_seconds", "What a look-up took when it was measured.", store.lookup_ns / 1e9
+    )
+    events = CounterMetricFamily(
+        "edge_disk_cache_events", "Look-ups and what they found; writes.", labels=["event"]
+    )
+    for event, count in store.counters.items():
+        events.add_metric([event], count)
+    yield events
 
 
 def _cloud(uplink: Uplink) -> Iterable[Metric]:

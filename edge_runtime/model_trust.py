@@ -68,7 +68,12 @@ class VersionRecord:
 
 
 def record_path(setting: str, program: str) -> Path | None:
-    """Where `program` keeps its record: a path, None for "off".
+    """Where `program` keeps its record; see `state_path`."""
+    return state_path(setting, program, "versions.json")
+
+
+def state_path(setting: str, program: str, file: str) -> Path | None:
+    """Where `program` keeps `file` of its state: a path, None for "off".
 
     "auto" is $STATE_DIRECTORY (set by systemd), else $XDG_STATE_HOME, else ~/.local/state, as the XDG base
     directory specification has it.
@@ -78,9 +83,9 @@ def record_path(setting: str, program: str) -> Path | None:
     if setting != "auto":
         return Path(setting)
     if folder := os.environ.get("STATE_DIRECTORY"):
-        return Path(folder.split(":")[0]) / "versions.json"
+        return Path(folder.split(":")[0]) / file
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / program / "versions.json"
+    return Path(home) / program / file
 
 
 def trials_path(record: Path | None) -> Path | None:

@@ -13,15 +13,18 @@ from edge_runtime.config import Config, device_id, load_config
 from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.caching import Cache
 from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo
+from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, Reason
+from edge_runtime.engines.build import engine_version
 from edge_runtime.first_load import FirstLoads
 from edge_runtime.joining import joining_of
 from edge_runtime.lane import INLINE_LIMIT_NS, Lane
 from edge_runtime.model import Model, cost_of, labels_of, load_model_soon
-from edge_runtime.model_trust import VersionRecord, read_trust, record_path, trials_path
-from edge_runtime.service import Outcome, ServedModel, Service
+from edge_runtime.model_trust import VersionRecord, read_trust, record_path, state_path, trials_path
+from edge_runtime.outcome import Outcome
+from edge_runtime.service import ServedModel, Service
 
 if TYPE_CHECKING:
+    from edge_runtime.store import AnswerStore
     from edge_runtime.uplink import Uplink
 
 
@@ -72,7 +75,8 @@ class Runtime:
                 uplink = Uplink(config.cloud, device=device_id(config.cloud))
                 stack.push_async_callback(uplink.close)
                 await uplink.start()
-            yield cls(_service(models, config, uplink), config, uplink)
+            store = await _open_store(models, config, stack)
+            yield cls(_service(models, config, uplink, store), config, uplink)
 
     async def ask(self, text: str, *, model: str = "commands", is_private: bool = False) -> Outcome:
         """Answer one text. Raises InvalidRequest and its kin, Refused, EngineFailed."""
@@ -91,7 +95,6 @@ class Runtime:
 
     def status(self) -> dict[str, object]:
         """What `edge-runtime status` shows, as JSON values."""
-        cache = self.service.cache
         return {
             "version": __version__,
             "ready": self.service.is_ready,
@@ -102,7 +105,7 @@ class Runtime:
                 {"model": model, "origin": origin, "reason": reason, "rows": rows}
                 for (model, origin, reason), rows in sorted(self.service.counters.outcomes.items())
             ],
-            "cache": None if cache is None else {"entries": len(cache), "bytes": cache.size_bytes},
+            "cache": cache_status(self.service),
             "cloud": None if self.uplink is None else self.uplink.status(),
         }
 
@@ -131,15 +134,53 @@ def first_loads_of(config: Config) -> FirstLoads:
     )
 
 
-def _service(models: dict[str, ServedModel], config: Config, uplink: "Uplink | None") -> Service:
+def cache_status(service: Service) -> dict[str, object] | None:
+    """What both levels of the cache hold and did; None where it is off."""
+    if service.recall is None:
+        return None
+    memory, disk = service.recall.memory, service.recall.disk
+    statistics = [service.statistics(info.name) for info in service.models()]
+    outcomes = service.counters.outcomes.items()
+    return {
+        "entries": len(memory),
+        "bytes": memory.size_bytes,
+        "hits": sum(counted.cache_hit.count for counted in statistics),
+        "misses": sum(counted.cache_miss.count for counted in statistics),
+        "coalesced": service.counters.coalesced,
+        "stale": sum(rows for (_, _, reason), rows in outcomes if reason == Reason.STALE),
+        "evictions": memory.evictions,
+        "disk": None if disk is None else disk.status(),
+    }
+
+
+async def _open_store(
+    models: dict[str, ServedModel], config: Config, stack: AsyncExitStack
+) -> "AnswerStore | None":
+    """The second level of the cache, where it is wanted; it forgets the models that are not loaded any more."""
+    path = state_path(config.cache.path, "edge-runtime", "answers.db")
+    if path is None or not config.cache.enabled:
+        return None
+    from edge_runtime.store import AnswerStore  # noqa: PLC0415 - off, it costs nothing
+
+    store = AnswerStore(path, config.cache.disk_max_bytes)
+    stack.push_async_callback(store.close)
+    store.retain_models([served.info.digest for served in models.values()])
+    await store.start()
+    return store
+
+
+def _service(
+    models: dict[str, ServedModel], config: Config, uplink: "Uplink | None", store: "AnswerStore | None"
+) -> Service:
     cache: Cache[Outcome] | None = None
     if config.cache.enabled:
-        cache = Cache(config.cache.max_bytes, int(config.cache.ttl_s * 1e9))
+        cache = Cache(config.cache.max_bytes, int(config.cache.ttl_s * 1e9), int(config.cache.stale_s * 1e9))
     return Service(
         models,
         cache=cache,
         cloud=uplink,
-        device_secret=secrets.token_bytes(32),
+        device_secret=secrets.token_bytes(32) if store is None else store.secret,
+        store=store,
         timeout_s=config.requests.timeout_s,
         cloud_timeout_s=config.cloud.timeout_s if config.cloud is not None else 0.0,
     )
@@ -154,7 +195,12 @@ def _serve(model: Model, config: Config) -> ServedModel:
     if config.escalation.accept is not None and info.accept_threshold is not None:
         info = replace(info, accept_threshold=config.escalation.accept)
     return ServedModel(
-        info, model.processor, lane, labels_of(model.processor), joining_of(model.manifest, model.processor)
+        info,
+        model.processor,
+        lane,
+        labels_of(model.processor),
+        joining_of(model.manifest, model.processor),
+        engine_version(model.manifest.engine),
     )
 
 

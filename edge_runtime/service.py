@@ -7,11 +7,10 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from edge_runtime.core.caching import Cache, KeyPrefix
+from edge_runtime.core.caching import TRAVEL_PARAMETERS, Cache, KeyPrefix
 from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel
 from edge_runtime.core.escalation import CloudUnavailable, LinkState, decide
 from edge_runtime.core.messages import (
-    DEGRADED_REASONS,
     Answer,
     InferReply,
     InferRequest,
@@ -25,8 +24,10 @@ from edge_runtime.core.messages import (
     Tensor,
 )
 from edge_runtime.joining import Joining
-from edge_runtime.lane import Lane, refusal
+from edge_runtime.lane import Lane, Served, refusal
+from edge_runtime.outcome import Outcome
 from edge_runtime.processing import Processor
+from edge_runtime.recall import Recall, Store
 from edge_runtime.replies import build_reply, read_answers, requested_outputs
 
 
@@ -41,27 +42,11 @@ class Cloud(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """One row's answer, where it comes from and why, and where its time went in nanoseconds."""
-
-    answer: Answer
-    origin: Origin
-    reason: Reason
-    queue_ns: int = 0
-    infer_ns: int = 0
-    cloud_ns: int = 0
-
-    @property
-    def is_degraded(self) -> bool:
-        """Whether the cloud should have been asked and could not be."""
-        return self.reason in DEGRADED_REASONS
-
-
-@dataclass(frozen=True, slots=True)
 class ServedModel:
     """A loaded model with its lane. `labels` is what a cloud answer may say; None: anything.
 
     `joining` joins an escalated answer with the edge's own; None: the cloud's answer is taken as it is.
+    `engine` names what runs it, with its version.
     """
 
     info: ModelInfo
@@ -69,6 +54,12 @@ class ServedModel:
     lane: Lane
     labels: frozenset[bytes] | None = None
     joining: Joining | None = None
+    engine: str = ""
+
+    @property
+    def row_ns(self) -> int:
+        """What one row costs, as measured at its load."""
+        return self.info.ladder[0][1] if self.info.ladder else 0
 
 
 class _Abandoned(Exception):  # noqa: N818 - a signal between callers, never seen outside
@@ -86,7 +77,7 @@ class _Travel:
 
     def trim(self, answer: Answer) -> Answer:
         """Without the outputs nobody asked for, which would fill the cache."""
-        return answer if self.wants_extras or not answer.extras else replace(answer, extras=())
+        return answer if self.wants_extras or not answer.extras else Answer(answer.values, answer.confidence)
 
 
 @dataclass(slots=True)
@@ -113,15 +104,20 @@ class Service:
         device_secret: bytes,
         timeout_s: float,
         cloud_timeout_s: float,
+        store: Store | None = None,
     ) -> None:
-        """`device_secret`: 32 random bytes from which each tenant's cache key is derived."""
+        """`device_secret`: 32 random bytes from which each tenant's cache key is derived.
+
+        `store` is the second level of `cache`; it outlives the process, and so must `device_secret` then.
+        """
         self._models = dict(models)
-        self._cache = cache
+        self.recall = None if cache is None else Recall(cache, store)
         self._cloud = cloud
         self._device_secret = device_secret
         self._timeout_ns = int(timeout_s * 1e9)
         self._cloud_timeout_ns = int(cloud_timeout_s * 1e9)
-        self._flights: dict[bytes, asyncio.Future[Outcome]] = {}
+        #: Who is computed right now; the future is made by the first who waits.
+        self._flights: dict[bytes, asyncio.Future[Outcome] | None] = {}
         self._prefixes: dict[tuple[object, ...], KeyPrefix] = {}
         self.counters = Counters()
         self.is_ready = True
@@ -142,10 +138,17 @@ class Service:
         """Rows of a model that wait for its engine."""
         return self._find(name, None).lane.waiting
 
-    @property
-    def cache(self) -> Cache[Outcome] | None:
-        """The answer cache, for metrics."""
-        return self._cache
+    def replace_model(self, served: ServedModel) -> ServedModel:
+        """Serve another version in place of the loaded one, which is returned: its lane is the caller's to end.
+
+        Its answers are forgotten, in memory and on disk. Raises UnknownModel where none of that name is loaded.
+        """
+        former = self._find(served.info.name, None)
+        self._models[served.info.name] = served
+        self._prefixes.clear()
+        if self.recall is not None:
+            self.recall.forget(former.info.digest, [model.info.digest for model in self._models.values()])
+        return former
 
     async def infer(
         self,
@@ -164,7 +167,7 @@ class Service:
         started_ns = time.monotonic_ns()
         served = self._find(model, version)
         rows = served.processor.split(request.inputs)
-        outputs = [output.name for output in requested_outputs(served.info.signature, request)]
+        outputs = _output_names(served.info.signature, request)
         travel = self._travel(served, request, outputs, tenant, deadline_ns or started_ns + self._timeout_ns)
         if len(rows) == 1:
             outcomes = [await self._serve_row(served, rows[0], travel)]
@@ -191,7 +194,7 @@ class Service:
         (row,) = served.processor.split((Tensor("text", "BYTES", (1,), (raw,)),))
         request = InferRequest((), parameters={"private": True} if is_private else {})
         deadline_ns = time.monotonic_ns() + self._timeout_ns
-        names = [spec.name for spec in served.info.signature.outputs]
+        names = _output_names(served.info.signature, request)
         outcome = await self._serve_row(
             served, row, self._travel(served, request, names, "local", deadline_ns)
         )
@@ -207,47 +210,67 @@ class Service:
         return served
 
     def _travel(
-        self, served: ServedModel, request: InferRequest, outputs: list[str], tenant: str, deadline_ns: int
+        self,
+        served: ServedModel,
+        request: InferRequest,
+        outputs: tuple[str, ...],
+        tenant: str,
+        deadline_ns: int,
     ) -> _Travel:
         is_private = _flag(request.parameters, "private", default=False)
         wants_cache = _flag(request.parameters, "cache", default=True)
         prefix = None
-        if self._cache is not None and wants_cache:
-            prefix = self._prefix(served, request.parameters, tuple(outputs), tenant)
-        named = {spec.name for spec in served.info.signature.on_request}
-        return _Travel(prefix, is_private, not named.isdisjoint(outputs), deadline_ns)
+        if self.recall is not None and wants_cache:
+            prefix = self._prefix(served, request.parameters, outputs, tenant)
+        wants_extras = bool(request.outputs) and any(
+            spec.name in outputs for spec in served.info.signature.on_request
+        )
+        return _Travel(prefix, is_private, wants_extras, deadline_ns)
 
     def _prefix(
         self, served: ServedModel, parameters: Mapping[str, Scalar], outputs: tuple[str, ...], tenant: str
     ) -> KeyPrefix:
-        values = tuple((name, type(value), value) for name, value in parameters.items())
+        values: tuple[str, ...] = ()
+        if parameters:  # repr: 1, 1.0, True and "1" differ, and so do 0.0 and -0.0
+            values = tuple(
+                f"{name}={value!r}" for name, value in parameters.items() if name not in TRAVEL_PARAMETERS
+            )
         memo = (tenant, served.info.digest, values, outputs)
         prefix = self._prefixes.get(memo)
         if prefix is None:
             if len(self._prefixes) >= 256:  # callers choose parameters: a memo, not a place to fill
                 self._prefixes.clear()
-            secret = hashlib.blake2b(tenant.encode(), key=self._device_secret, digest_size=32).digest()
-            prefix = KeyPrefix(secret, served.info.digest, served.processor.version, parameters, outputs)
-            self._prefixes[memo] = prefix
+            prefix = self._prefixes[memo] = KeyPrefix(
+                hashlib.blake2b(tenant.encode(), key=self._device_secret, digest_size=32).digest(),
+                served.info.digest,
+                served.processor.version,
+                f"{served.engine or served.info.platform} {served.info.is_batch_invariant}",
+                f"{served.info.accept_threshold} {self._cloud is not None} {served.joining is not None}",
+                parameters,
+                outputs,
+            )
         return prefix
 
     async def _serve_row(self, served: ServedModel, row: bytes, travel: _Travel) -> Outcome:
         """From the cache, or with whoever asks the same right now, or computed."""
-        if travel.prefix is None or self._cache is None:
-            return await self._compute(served, row, travel)
+        recall = self.recall
+        if travel.prefix is None or recall is None:
+            return await self._compute(served, row, travel, None)
         key = travel.prefix.key(row)
         statistics = served.lane.statistics
         while True:
             looked_ns = time.monotonic_ns()
-            found = self._cache.get(looked_ns, key)
+            found = recall.memory.get(looked_ns, key)
             if found is not None:
                 statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
                 statistics.queue.add(0)  # as Triton counts: load generators look for it
-                return replace(found, origin=Origin.CACHE, queue_ns=0, infer_ns=0, cloud_ns=0)
-            flight = self._flights.get(key)
-            if flight is None:
+                return found
+            if key not in self._flights:
                 statistics.cache_miss.add(time.monotonic_ns() - looked_ns)
                 return await self._lead(served, row, travel, key)
+            flight = self._flights[key]
+            if flight is None:
+                flight = self._flights[key] = asyncio.get_running_loop().create_future()
             self.counters.coalesced += 1
             try:
                 async with asyncio.timeout((travel.deadline_ns - looked_ns) / 1e9):
@@ -259,44 +282,72 @@ class Service:
 
     async def _lead(self, served: ServedModel, row: bytes, travel: _Travel, key: bytes) -> Outcome:
         """Compute for everybody who asks the same meanwhile; whatever happens, let the followers go."""
-        flight: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._flights[key] = flight
+        self._flights[key] = None
         try:
-            outcome = await self._compute(served, row, travel)
+            outcome = await self._compute(served, row, travel, key)
         except BaseException as error:
-            # A cancel or a refusal is this caller's own; followers have their own deadline and try again.
-            own = isinstance(error, Refused) or not isinstance(error, Exception)
-            flight.set_exception(_Abandoned() if own else error)
-            flight.exception()  # mark as seen: there may be no follower
+            flight = self._flights.pop(key)
+            if flight is not None:
+                # A cancel or a refusal is this caller's own; followers have their own deadline and try again.
+                own = isinstance(error, Refused) or not isinstance(error, Exception)
+                flight.set_exception(_Abandoned() if own else error)
+                flight.exception()  # mark as seen: its followers may be gone
             raise
-        else:
+        flight = self._flights.pop(key)
+        if flight is not None:
             flight.set_result(outcome)
-            if self._cache is not None and not outcome.is_degraded:
-                self._cache.put(time.monotonic_ns(), key, outcome, _payload_bytes(outcome.answer))
-            return outcome
-        finally:
-            del self._flights[key]
+        is_final = outcome.origin is not Origin.CACHE and not outcome.is_degraded
+        # A model that was replaced meanwhile would fill the cache with what nobody can ask for.
+        if self.recall is not None and is_final and self._models.get(served.info.name) is served:
+            digest = served.info.digest
+            self.recall.keep(key, digest, served.row_ns, outcome, is_private=travel.is_private)
+        return outcome
 
-    async def _compute(self, served: ServedModel, row: bytes, travel: _Travel) -> Outcome:
-        """Ask the edge's model; where it is unsure and nothing forbids it, ask the cloud."""
+    async def _compute(self, served: ServedModel, row: bytes, travel: _Travel, key: bytes | None) -> Outcome:
+        """Ask the edge's model; where it is unsure and nothing forbids it, ask the cloud.
+
+        `key` is the row's in the cache, None where the caller wants none of it.
+        """
+        recall = self.recall
+        if key is not None and recall is not None and recall.is_worth_reading(served.row_ns):
+            recalled = await recall.from_disk(key, served.info.digest)
+            if recalled is not None and recalled.is_fresh:
+                return recalled.outcome
         edge = await served.lane.run_timed(row, deadline_ns=travel.deadline_ns)
-        now_ns = time.monotonic_ns()
         decision = decide(
             confidence=edge.answer.confidence,
             accept_threshold=served.info.accept_threshold,
             link=None if self._cloud is None else self._cloud.link_state(),
             is_private=travel.is_private,
-            remaining_ns=travel.deadline_ns - now_ns,
+            remaining_ns=travel.deadline_ns - time.monotonic_ns(),
         )
         kept = Outcome(travel.trim(edge.answer), Origin.LOCAL, decision.reason, edge.queue_ns, edge.infer_ns)
-        if not decision.escalate or self._cloud is None:
+        if not decision.escalate and not kept.is_degraded:
             return kept
+        recalled = None
+        if key is not None and recall is not None:
+            recalled = await recall.from_disk(key, served.info.digest)  # the cloud always costs more
+            if recalled is not None and recalled.is_fresh:
+                return replace(recalled.outcome, queue_ns=edge.queue_ns, infer_ns=edge.infer_ns)
+        if decision.escalate and self._cloud is not None:
+            kept = await self._ask_cloud(self._cloud, served, row, travel, edge, kept)
+        if kept.is_degraded and key is not None and recall is not None:
+            stale = recall.stale(key, recalled)
+            if stale is not None:
+                return stale.as_stale(kept)
+        return kept
+
+    async def _ask_cloud(
+        self, cloud: Cloud, served: ServedModel, row: bytes, travel: _Travel, edge: Served, kept: Outcome
+    ) -> Outcome:
+        """The cloud's answer, joined with the edge's where both are fitted for it; else `kept` with the reason."""
+        now_ns = time.monotonic_ns()
         deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
         joining = served.joining
         outputs = _every_output(served.info.signature) if travel.wants_extras or joining is not None else ()
         question = InferRequest((Tensor("text", "BYTES", (1,), (row,)),), outputs=outputs)
         try:
-            reply = await self._cloud.ask(served.info.name, question, deadline_ns=deadline_ns)
+            reply = await cloud.ask(served.info.name, question, deadline_ns=deadline_ns)
             if joining is not None and joining.cloud_version != reply.model_version:
                 joining = (
                     None  # fitted for another cloud, whose labels may be others: its scores are not read
@@ -309,8 +360,15 @@ class Service:
             return replace(kept, reason=failure.reason, cloud_ns=time.monotonic_ns() - now_ns)
         except (CloudError, InvalidRequest):
             return replace(kept, reason=Reason.CLOUD_FAILED, cloud_ns=time.monotonic_ns() - now_ns)
-        answer = travel.trim(answer)
-        return replace(kept, answer=answer, origin=Origin.CLOUD, cloud_ns=time.monotonic_ns() - now_ns)
+        if self.recall is not None:
+            self.recall.see_cloud(served.info.digest, reply.model_version)
+        return replace(
+            kept,
+            answer=travel.trim(answer),
+            origin=Origin.CLOUD,
+            cloud_ns=time.monotonic_ns() - now_ns,
+            cloud_version=reply.model_version,
+        )
 
 
 async def _all(rows: list[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:
@@ -321,6 +379,12 @@ async def _all(rows: list[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def _output_names(signature: Signature, request: InferRequest) -> tuple[str, ...]:
+    """The outputs asked for, in the caller's order. Raises InvalidRequest."""
+    wanted = requested_outputs(signature, request) if request.outputs else signature.outputs
+    return tuple([output.name for output in wanted])
 
 
 def _every_output(signature: Signature) -> tuple[OutputRequest, ...]:
@@ -342,7 +406,7 @@ def _explain(outcomes: list[Outcome], total_ns: int) -> dict[str, Scalar]:
     """The reply's parameters: one word where all rows agree, else one per row, joined by commas."""
     origins = [outcome.origin.value for outcome in outcomes]
     reasons = [outcome.reason.value for outcome in outcomes]
-    return {
+    fields: dict[str, Scalar] = {
         "origin": origins[0] if len(set(origins)) == 1 else ",".join(origins),
         "reason": reasons[0] if len(set(reasons)) == 1 else ",".join(reasons),
         "degraded": any(outcome.is_degraded for outcome in outcomes),
@@ -351,6 +415,9 @@ def _explain(outcomes: list[Outcome], total_ns: int) -> dict[str, Scalar]:
         "cloud_us": max(outcome.cloud_ns for outcome in outcomes) // 1000,
         "total_us": total_ns // 1000,
     }
+    if any(outcome.is_stale for outcome in outcomes):
+        fields["stale"] = True
+    return fields
 
 
 def _flag(parameters: Mapping[str, Scalar], name: str, *, default: bool) -> bool:
@@ -358,8 +425,3 @@ def _flag(parameters: Mapping[str, Scalar], name: str, *, default: bool) -> bool
     if not isinstance(value, bool):
         raise InvalidRequest(f"Parameter {name} must be true or false.")
     return value
-
-
-def _payload_bytes(answer: Answer) -> int:
-    values = (*answer.values, *answer.extras)
-    return sum(len(value) if isinstance(value, bytes) else value.nbytes for value in values)

@@ -16,6 +16,7 @@ OWNERS = {
     "httptools": "edge_runtime.server.connection",
     "cryptography": "edge_runtime.signing",
     "rich": "edge_runtime.tables",
+    "sqlite3": "edge_runtime.store",
     "tokenizers": "edge_runtime.processing.wordpiece",
     "prometheus_client": "edge_runtime.metrics",
     "uvloop": "edge_runtime.daemon",

@@ -54,9 +54,10 @@ class Reason(StrEnum):
     CLOUD_LATE = "cloud_late"  # unsure, asked, and no answer came in time
     CLOUD_REFUSED = "cloud_refused"  # unsure, asked, and the cloud had no room
     CLOUD_FAILED = "cloud_failed"  # unsure, asked, and the cloud answered with an error
+    STALE = "stale"  # unsure, the cloud out of reach, and an earlier answer of it kept past its time
 
 
-#: Reasons with which an unsure local answer is given although the cloud should have been asked.
+#: Reasons with which an unsure local answer, or an old one, is given although the cloud should have been asked.
 DEGRADED_REASONS = frozenset(
     {
         Reason.TOO_LATE,
@@ -66,6 +67,7 @@ DEGRADED_REASONS = frozenset(
         Reason.CLOUD_LATE,
         Reason.CLOUD_REFUSED,
         Reason.CLOUD_FAILED,
+        Reason.STALE,
     }
 )
 
