@@ -103,11 +103,14 @@ async def run(config: CloudConfig, *, again: bool = False) -> None:
 
 
 async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "dict[str, Loaded]":
+    from functools import partial
+
     from cloud_fallback.worker import Loaded
     from edge_runtime.core.batching import QueueLimits
+    from edge_runtime.core.windows import policy_of
     from edge_runtime.first_load import FirstLoads
     from edge_runtime.lane import Lane
-    from edge_runtime.model import load_model_soon
+    from edge_runtime.model import load_engine, load_model_soon
     from edge_runtime.model_trust import VersionRecord, read_trust, record_path, trials_path
 
     models: dict[str, Loaded] = {}
@@ -125,8 +128,24 @@ async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "
             name, threads=config.threads, trust=trust, max_batch=config.max_batch, first_loads=first_loads
         )
         record.admit(model.name, model.manifest.engine, model.version, model.digest, model.signed_by)
-        limits = QueueLimits(config.max_batch, config.queue)
-        lane = Lane(model.name, model.processor, model.engine, limits, is_inline=False)
+        renew = partial(
+            load_engine, name, model.digest, threads=config.threads, trust=trust, max_batch=config.max_batch
+        )
+        lane = Lane(
+            model.name,
+            model.processor,
+            [model.engine, *[renew() for _ in range(config.instances - 1)]],
+            QueueLimits(
+                config.max_batch,
+                config.queue,
+                tenant_max_waiting=config.tenant_queue,
+                tenant_engine_share=config.tenant_engine_share,
+            ),
+            policy_of(config.window),
+            ladder=model.ladder,
+            depth=config.depth,
+            renew=renew,
+        )
         stack.push_async_callback(lane.close)
         models[model.name] = Loaded(model, lane)
     return models

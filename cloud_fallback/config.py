@@ -9,6 +9,7 @@ import msgspec
 
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.topics import is_id
+from edge_runtime.core.windows import policy_of
 from edge_runtime.typed_toml import load_toml
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -29,7 +30,16 @@ class CloudConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     models: tuple[str, ...] = ("models/commands-cloud",)
     threads: Positive = 2  # of one model run
     max_batch: Positive = 32
+    window: str | Annotated[float, msgspec.Meta(ge=0, le=60_000)] = (
+        "learned"  # "learned", "none", or milliseconds
+    )
+    instances: Positive = 1  # engines of each model, each in a thread of its own
+    depth: Positive = 1  # batches that each is handed at a time: 2 hides the copies to a GPU
     queue: Positive = 1024
+    tenant_queue: Positive | None = None  # requests of one tenant that may wait; unset: all
+    tenant_engine_share: Annotated[float, msgspec.Meta(gt=0)] | None = (
+        None  # engine time of one tenant per time
+    )
     max_in_flight: Positive = 64  # requests the broker may hand over before the first is acknowledged
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0  # for requests without a deadline
     drain_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
@@ -53,6 +63,7 @@ def load_config(path: Path | None) -> CloudConfig:
         raise ConfigError(
             f'{path}: broker: expected mqtt://HOST[:PORT] or mqtts://HOST[:PORT]. Write broker = "mqtt://127.0.0.1:1883".'
         )
+    policy_of(config.window, f"{path}: window")
     if not is_id(config.group) or (config.worker and not is_id(config.worker)):
         raise ConfigError(f'{path}: group, worker: expected ids such as "workers" and "gpu-1".')
     if not config.models:

@@ -15,10 +15,17 @@ from dataclasses import dataclass
 
 from cloud_fallback.config import CloudConfig, worker_id
 from edge_runtime.core import wire
+from edge_runtime.core.batching import priority_of
 from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, TooLarge
 from edge_runtime.core.messages import Answer, InferReply, InferRequest
 from edge_runtime.core.mqtt_reasons import ReasonClass, classify, in_words
-from edge_runtime.core.topics import parse_request_topic, reply_topic_for, worker_filter, worker_state_topic
+from edge_runtime.core.topics import (
+    RequestTopic,
+    parse_request_topic,
+    reply_topic_for,
+    worker_filter,
+    worker_state_topic,
+)
 from edge_runtime.envelope import Message, pack, reads_zstd, unpack
 from edge_runtime.lane import Lane, refusal
 from edge_runtime.model import Model
@@ -108,7 +115,7 @@ class Worker:
             self._remember(key, None)
         if reply is None:
             try:
-                reply, is_final = await self._reply(message, topic.model, reply_topic_for(topic))
+                reply, is_final = await self._reply(message, topic, reply_topic_for(topic))
             except BaseException:
                 self._replies.pop(key, None)
                 raise
@@ -132,13 +139,13 @@ class Worker:
             _log.warning("event=reply_refused topic=%s why=%r", reply.topic, in_words(code))
         self.connection.acknowledge(received)
 
-    async def _reply(self, message: Message, model: str, topic: str) -> tuple[Message, bool]:
+    async def _reply(self, message: Message, asked: RequestTopic, topic: str) -> tuple[Message, bool]:
         """The reply, and whether the same question would get it again."""
         body: bytes
         json_length: int | None = None
         is_final = False
         try:
-            body, json_length = wire.encode_reply(await self._infer(message, model))
+            body, json_length = wire.encode_reply(await self._infer(message, asked))
             is_final = True
         except Refused as refused:
             body = wire.encode_error(
@@ -163,13 +170,14 @@ class Worker:
         )
         return reply, is_final
 
-    async def _infer(self, message: Message, name: str) -> InferReply:
+    async def _infer(self, message: Message, asked: RequestTopic) -> InferReply:
         started_ns = time.monotonic_ns()
         request = wire.decode_request(*unpack(message))
-        loaded = self._models[name]
+        loaded = self._models[asked.model]
         deadline_ns = started_ns + _remaining_ns(request, message, self._config.timeout_s)
         rows = loaded.model.processor.split(request.inputs)
-        answers = await _all_rows(loaded.lane, rows, deadline_ns)
+        priority = priority_of(request.parameters.get("priority"))
+        answers = await _all_rows(loaded.lane, rows, deadline_ns, asked.tenant, priority)
         total_us = (time.monotonic_ns() - started_ns) // 1000
         model = loaded.model
         return build_reply(
@@ -188,10 +196,15 @@ class Worker:
             self._replies.popitem(last=False)
 
 
-async def _all_rows(lane: Lane, rows: list[bytes], deadline_ns: int) -> list[Answer]:
+async def _all_rows(
+    lane: Lane, rows: list[bytes], deadline_ns: int, tenant: str, priority: int
+) -> list[Answer]:
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(lane.run(row, deadline_ns=deadline_ns), name="row") for row in rows]
+            answers = [
+                lane.run(row, deadline_ns=deadline_ns, tenant=tenant, priority=priority) for row in rows
+            ]
+            tasks = [group.create_task(answer, name="row") for answer in answers]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -9,10 +9,12 @@ from typing import Annotated
 import msgspec
 
 from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.windows import policy_of
 from edge_runtime.typed_toml import load_toml
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=60_000)]
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -30,11 +32,20 @@ class ServerSettings(Settings, frozen=True):
 
 
 class BatchSettings(Settings, frozen=True):
-    """Bounds of batches and of the queue of each model."""
+    """How each model's requests are batched, and how many may wait."""
 
     max: Positive = 8  # a small model gains nothing beyond, and each doubling costs it 3 MB of buffers
+    window: str | Milliseconds = (
+        "learned"  # how long an idle model waits for company: "learned", "none", or ms
+    )
+    duty_target: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None  # share of time to run; saves power
+    duty_wait_ms: Milliseconds = 100.0  # the longest that a request waits for that
     queue: Positive = 1024  # requests that may wait; more are refused at once
     queue_bytes: Positive = 64 << 20
+    tenant_queue: Positive | None = None  # of them, of one tenant; unset: all
+    tenant_engine_share: Annotated[float, msgspec.Meta(gt=0)] | None = (
+        None  # engine time of one tenant per time
+    )
 
 
 class CacheSettings(Settings, frozen=True):
@@ -120,6 +131,7 @@ def check_config(config: Config, where: str) -> None:
     if not config.models:
         raise ConfigError(f'{where}: models: the list is empty. Write models = ["commands"].')
     tcp_address(config, where)
+    policy_of(config.batch.window, f"{where}: [batch] window")
     if config.cloud is not None:
         for key, value in (("tenant", config.cloud.tenant), ("device", config.cloud.device or "x")):
             if not _ID.fullmatch(value):

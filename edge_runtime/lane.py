@@ -1,37 +1,41 @@
-"""The asyncio driver of one model: batching core + one engine, shared by both tiers.
+"""The asyncio driver of one model: batching core + its engines, shared by both tiers.
 
-Everything decoded in one loop tick is submitted before the scheduler is asked once, so concurrent
-callers share a batch without any waiting window. A model faster than a thread hop runs on the loop
-itself; any other in one engine thread.
+Everything decoded in one loop tick is submitted before the scheduler is asked once, so concurrent callers
+share a batch without any window. A model faster than a thread hop runs on the loop itself; any other in a thread
+for each of its engines. What goes wrong in a batch ends that batch alone and is counted; an engine that does not
+return is replaced.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Sequence
-from concurrent.futures import Future as ThreadFuture
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from edge_runtime.core.batching import Dispatch, QueueLimits, Refuse, Scheduler
+from edge_runtime.core.batching import NORMAL, Dispatch, QueueLimits, Refuse, Scheduler
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
-from edge_runtime.core.messages import Answer, ModelStatistics, Row
-from edge_runtime.engines import Engine
+from edge_runtime.core.messages import Answer, Ladder, ModelStatistics, Row
+from edge_runtime.core.windows import Policy
+from edge_runtime.engine_thread import EngineThread
+from edge_runtime.engines import Engine, StepEngine
 from edge_runtime.processing import Processor
 
 _log = logging.getLogger(__name__)
 
-#: A hop to a thread and back costs 70-230 microseconds (measured on two x86-64 cores, idle to awake),
-#: so a batch of one that takes less is run where it is.
+#: A hop to a thread and back costs 70-230 microseconds (`python -m tools.bench_core hop`), so a batch of one
+#: that takes less is run where it is.
 INLINE_LIMIT_NS = 200_000
 
 _REFUSALS = {
     RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
-    RefusalKind.LATE: "The deadline passed before the model could run; allow more time.",
+    RefusalKind.LATE: "The deadline leaves no time for the model; allow more time or retry later.",
     RefusalKind.QUOTA: "The quota is used up; retry later.",
     RefusalKind.CANCELLED: "The request was cancelled.",
     RefusalKind.DRAINING: "The runtime is shutting down; send the request elsewhere.",
 }
+#: When to come back where the scheduler cannot tell, since nothing was measured yet.
+_RETRY_S = {RefusalKind.FULL: 1.0, RefusalKind.QUOTA: 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,24 @@ class _Member:
     row: Row
     future: "asyncio.Future[Served]"
     submitted_ns: int
+    partial: "Callable[[Answer], None] | None" = None  # told each step's output
 
 
-def refusal(kind: RefusalKind, retry_after_s: float | None = None) -> Refused:
+@dataclass(slots=True)
+class _Slot:
+    """An engine, its thread (None: it runs on the loop), and the batches it has."""
+
+    engine: Engine | StepEngine
+    thread: EngineThread | None
+    running: dict[int, tuple[Dispatch, asyncio.TimerHandle]] = field(default_factory=dict)
+    hung: set[int] = field(default_factory=set)  # of them, those whose callers were told
+
+
+def refusal(kind: RefusalKind, retry_after_ns: int | None = None) -> Refused:
     """The error a caller sees for a refusal of the scheduler."""
-    return Refused(kind, _REFUSALS[kind], retry_after_s)
+    if retry_after_ns is None:
+        return Refused(kind, _REFUSALS[kind], _RETRY_S.get(kind))
+    return Refused(kind, _REFUSALS[kind], retry_after_ns / 1e9)
 
 
 class Lane:
@@ -64,21 +81,43 @@ class Lane:
         self,
         name: str,
         processor: Processor,
-        engine: Engine,
+        engines: "Engine | StepEngine | Sequence[Engine | StepEngine]",
         limits: QueueLimits | None = None,
+        policy: Policy | None = None,
         *,
+        ladder: Ladder = (),
+        depth: int = 1,
         is_inline: bool = False,
+        is_stepwise: bool = False,
         hang_limit_s: float = 30.0,
+        renew: "Callable[[], Engine | StepEngine] | None" = None,
     ) -> None:
-        """Take ownership of `engine`. `is_inline` runs batches on the event loop: right for engines below INLINE_LIMIT_NS."""
+        """Take ownership of the engines, which are alike; each is handed `depth` batches at a time.
+
+        `ladder` is what batches were measured to cost. `is_inline` runs batches of the only engine on the event loop:
+        right below INLINE_LIMIT_NS. `is_stepwise` says that they are StepEngines. `renew` loads another engine for one
+        that has not returned within `hang_limit_s`; it is called in a thread.
+        """
         limits = limits or QueueLimits()
+        each = list(engines) if isinstance(engines, Sequence) else [engines]
         self.statistics = ModelStatistics()
-        self._name = name
-        self._processor = processor
-        self._engine = engine
+        self._name, self._processor = name, processor
         self._scheduler = Scheduler(
-            QueueLimits(min(limits.max_batch, engine.max_batch), limits.max_waiting, limits.max_waiting_bytes)
+            QueueLimits(
+                min(limits.max_batch, *[engine.max_batch for engine in each]),
+                limits.max_waiting,
+                limits.max_waiting_bytes,
+                limits.tenant_max_waiting,
+                limits.tenant_engine_share,
+            ),
+            policy,
+            engines=[depth] * len(each),
+            ladder=ladder,
         )
+        self._slots = [
+            _Slot(engine, None if is_inline else EngineThread(f"engine-{name}-{i}"))
+            for i, engine in enumerate(each)
+        ]
         self._loop = asyncio.get_running_loop()
         self._members: dict[int, _Member] = {}
         self._next_id = 0
@@ -86,32 +125,93 @@ class Lane:
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._is_stepwise = is_stepwise
         self._hang_limit_s = hang_limit_s
-        self._thread: ThreadPoolExecutor | None = None
+        self._renew = renew
+        self._renewals: set[asyncio.Task[None]] = set()
         self._is_closed = False
-        if not is_inline:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{name}")
 
     @property
     def is_inline(self) -> bool:
         """Whether batches run on the event loop itself."""
-        return self._thread is None
+        return self._slots[0].thread is None
 
     @property
     def waiting(self) -> int:
-        """Rows that wait for the engine."""
+        """Rows that wait for an engine."""
         return self._scheduler.waiting
 
-    async def run(self, row: bytes, *, deadline_ns: int | None = None) -> Answer:
+    @property
+    def backlog_s(self) -> float:
+        """How long it will take until what runs and waits is done."""
+        return self._scheduler.backlog_ns(time.monotonic_ns()) / 1e9
+
+    async def run(
+        self, row: bytes, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
+    ) -> Answer:
         """Answer one row (canonical bytes from the processor). See `run_timed`."""
-        return (await self.run_timed(row, deadline_ns=deadline_ns)).answer
+        return (await self.run_timed(row, deadline_ns=deadline_ns, tenant=tenant, priority=priority)).answer
 
-    async def run_timed(self, row: bytes, *, deadline_ns: int | None = None) -> Served:
-        """Answer one row, batched with whoever else is waiting.
+    async def run_timed(
+        self, row: bytes, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
+    ) -> Served:
+        """Answer one row, batched with whoever else is waiting; of a step engine, the last of its outputs.
 
-        `deadline_ns` is in `time.monotonic_ns` terms. Raises Refused and EngineFailed. Cancelling the
-        caller forgets this row alone.
+        `deadline_ns` is in `time.monotonic_ns` terms; `priority` is 0 (first) to 2. Raises Refused and EngineFailed.
+        Cancelling the caller forgets this row alone.
         """
+        request_id, member = self._submit(row, deadline_ns, tenant, priority)
+        try:
+            return await member.future
+        except asyncio.CancelledError:
+            self._forget(request_id)
+            raise
+
+    async def stream(
+        self, row: bytes, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
+    ) -> AsyncIterator[Answer]:
+        """Yield what each step of a step engine says of one row. A caller that stops listening leaves the lane."""
+        request_id, member = self._submit(row, deadline_ns, tenant, priority)
+        told: asyncio.Queue[Answer | None] = asyncio.Queue()
+        member.partial = told.put_nowait
+        member.future.add_done_callback(lambda _: told.put_nowait(None))
+        try:
+            while (answer := await told.get()) is not None:
+                yield answer
+            member.future.result()
+        finally:
+            self._forget(request_id)
+
+    async def drain(self) -> None:
+        """Refuse new rows; return when every admitted one is answered."""
+        self._scheduler.drain()
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Fail what is left, then free each engine once it is not running. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._scheduler.drain()
+        if self._timer is not None:
+            self._timer.cancel()
+        for request_id in list(self._members):
+            self._scheduler.cancel(request_id)
+            self._settle(request_id, error=refusal(RefusalKind.DRAINING))
+        for renewal in self._renewals:
+            renewal.cancel()
+        await asyncio.gather(*self._renewals, return_exceptions=True)
+        for slot in self._slots:
+            for _, watchdog in slot.running.values():
+                watchdog.cancel()
+            if slot.thread is None or not slot.running:
+                slot.engine.close()
+            else:  # after the batches it has; a hung engine is left to the end of the process
+                slot.thread.submit(slot.engine.close)
+            if slot.thread is not None:
+                slot.thread.stop()
+
+    def _submit(self, row: bytes, deadline_ns: int | None, tenant: str, priority: int) -> tuple[int, _Member]:
         started_ns = time.monotonic_ns()
         encoded = self._processor.encode(row)
         now_ns = time.monotonic_ns()
@@ -125,39 +225,20 @@ class Lane:
             lane,
             size_bytes=sum([array.nbytes for array in encoded]),
             deadline_ns=deadline_ns,
+            tenant=tenant,
+            priority=priority,
         )
         if refused is not None:
-            raise refusal(refused.kind, 1.0 if refused.kind is RefusalKind.FULL else None)
-        future: asyncio.Future[Served] = self._loop.create_future()
-        self._members[request_id] = _Member(row, encoded, future, now_ns)
+            raise self._refusal(refused)
+        member = self._members[request_id] = _Member(row, encoded, self._loop.create_future(), now_ns)
         self._idle.clear()
         self._flush_soon()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._forget(request_id)
-            raise
+        return request_id, member
 
-    async def drain(self) -> None:
-        """Refuse new rows; return when every admitted one is answered."""
-        self._scheduler.drain()
-        await self._idle.wait()
-
-    async def close(self) -> None:
-        """Fail what is left, then free the engine once it is not running. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._scheduler.drain()
-        if self._timer is not None:
-            self._timer.cancel()
-        for request_id in list(self._members):
-            self._scheduler.cancel(request_id)
-            self._settle(request_id, error=refusal(RefusalKind.DRAINING))
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-        if not self._scheduler.running_batches:  # a hung engine is left to the end of the process
-            self._engine.close()
+    def _refusal(self, refused: Refuse) -> Refused:
+        kind, counts = refused.kind, self.statistics.refused
+        counts[kind.value] = counts.get(kind.value, 0) + 1
+        return refusal(kind, refused.retry_after_ns)
 
     def _forget(self, request_id: int) -> None:
         self._scheduler.cancel(request_id)
@@ -181,11 +262,9 @@ class Lane:
                 break
             for action in actions:
                 if isinstance(action, Refuse):
-                    self._settle(action.id, error=refusal(action.kind))
-                elif self._thread is None:
-                    self._run_inline(action)
+                    self._settle(action.id, error=self._refusal(action))
                 else:
-                    self._run_in_thread(action, self._thread)
+                    self._start(action)
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -197,82 +276,141 @@ class Lane:
             delay_s = max(0, wakeup_ns - time.monotonic_ns()) / 1e9
             self._timer = self._loop.call_later(delay_s, self._flush_soon)
 
-    def _rows_of(self, batch: Dispatch) -> list[Row]:
-        return [self._members[request_id].row for request_id in batch.ids]
+    def _start(self, batch: Dispatch) -> None:
+        slot = self._slots[batch.engine]
+        engine = slot.engine
+        rows = [self._members[request_id].row for request_id in batch.ids]
 
-    def _run_inline(self, batch: Dispatch) -> None:
-        started_ns = time.monotonic_ns()
-        try:
-            outputs = self._engine.run(self._rows_of(batch))
-        except Exception as error:  # noqa: BLE001 - whatever a model raises ends its own batch only
-            self._fail(batch, error)
-        else:
-            self._finish(batch, outputs, started_ns, time.monotonic_ns())
-        self._scheduler.batch_done(batch.batch_id)
+        def run() -> tuple[Sequence[Any], int, int]:
+            started_ns = time.monotonic_ns()
+            return engine.run(rows), started_ns, time.monotonic_ns()
 
-    def _run_in_thread(self, batch: Dispatch, thread: ThreadPoolExecutor) -> None:
-        started_ns = time.monotonic_ns()
-        rows = self._rows_of(batch)
-
-        def run() -> tuple[Sequence[Row], int]:
-            return self._engine.run(rows), time.monotonic_ns()
-
-        watchdog = self._loop.call_later(self._hang_limit_s, self._fail_hung, batch)
-
-        def end(done: "ThreadFuture[tuple[Sequence[Row], int]]") -> None:
-            watchdog.cancel()
-            error = done.exception()
-            if error is not None:
-                self._fail(batch, error)
+        if slot.thread is None:
+            try:
+                result = run()
+            except Exception as error:  # noqa: BLE001 - whatever a model raises ends its own batch only
+                self._fail(batch, error, "raised")
+                self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
             else:
-                outputs, ended_ns = done.result()
-                self._finish(batch, outputs, started_ns, ended_ns)
-            self._scheduler.batch_done(batch.batch_id)
-            if self._is_closed:
-                self._engine.close()
-            self._flush()
+                self._finish(batch, *result)
+            return
+        # Batches that were handed to the engine before have their own time first.
+        patience_s = self._hang_limit_s * (1 + len(slot.running))
+        slot.running[batch.batch_id] = (batch, self._loop.call_later(patience_s, self._hang, slot, batch))
+        slot.thread.submit(run, lambda result, error: self._end_soon(slot, batch, result, error))
 
-        def end_on_loop(done: "ThreadFuture[tuple[Sequence[Row], int]]") -> None:
-            if not done.cancelled() and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(end, done)
+    def _end_soon(
+        self,
+        slot: _Slot,
+        batch: Dispatch,
+        result: tuple[Sequence[Any], int, int] | None,
+        error: BaseException | None,
+    ) -> None:
+        """Called in the engine's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end, slot, batch, result, error)
 
-        thread.submit(run).add_done_callback(end_on_loop)
+    def _end(
+        self,
+        slot: _Slot,
+        batch: Dispatch,
+        result: tuple[Sequence[Any], int, int] | None,
+        error: BaseException | None,
+    ) -> None:
+        running = slot.running.pop(batch.batch_id, None)
+        if running is None:
+            return  # of an engine that was given up on: its batches were failed and reported then
+        running[1].cancel()
+        if batch.batch_id in slot.hung:  # it came back before it was replaced
+            slot.hung.remove(batch.batch_id)
+            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+            self._scheduler.engine_up(batch.engine)
+        elif result is not None:
+            self._finish(batch, *result)
+        else:
+            self._fail(batch, error, "raised")
+            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+        self._flush()
 
-    def _fail_hung(self, batch: Dispatch) -> None:
-        """Answer the callers; the engine stays taken until its call returns, so queued rows run into their deadlines."""
-        self._fail(batch, TimeoutError(f"no answer within {self._hang_limit_s:g} s"))
+    def _hang(self, slot: _Slot, batch: Dispatch) -> None:
+        """Answer the callers of a batch that takes too long; its engine gets nothing more until there is another."""
+        self._fail(batch, TimeoutError(f"no answer within {self._hang_limit_s:g} s"), "hung")
+        slot.hung.add(batch.batch_id)
+        self._scheduler.engine_down(batch.engine)
+        if self._renew is not None and not self._is_closed and len(slot.hung) == 1:
+            renewal = self._loop.create_task(
+                self._replace(slot, batch.engine, self._renew), name=f"renew-{self._name}"
+            )
+            self._renewals.add(renewal)
+            renewal.add_done_callback(self._renewals.discard)
 
-    def _fail(self, batch: Dispatch, error: BaseException) -> None:
+    async def _replace(self, slot: _Slot, index: int, renew: "Callable[[], Engine | StepEngine]") -> None:
+        try:
+            engine = await asyncio.to_thread(renew)
+        except Exception as error:  # noqa: BLE001 - then the old engine serves again, should it ever return
+            _log.error("model=%s event=renewal_failed error=%r", self._name, error)
+            return
+        if self._slots[index] is not slot or not slot.running:  # it came back meanwhile
+            engine.close()
+            return
+        _log.warning("model=%s event=engine_replaced", self._name)
+        self.statistics.replaced += 1
+        self._slots[index] = _Slot(engine, EngineThread(f"engine-{self._name}-{index}"))
+        if slot.thread is not None:
+            slot.thread.submit(slot.engine.close)
+            slot.thread.stop()
+        for batch, watchdog in slot.running.values():
+            watchdog.cancel()
+            if batch.batch_id not in slot.hung:
+                self._fail(batch, TimeoutError("its engine hung"), "hung")
+            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+        slot.running.clear()
+        self._scheduler.engine_up(index)
+        self._flush()
+
+    def _fail(self, batch: Dispatch, error: BaseException | None, how: str) -> None:
         _log.error("model=%s event=batch_failed rows=%d error=%r", self._name, len(batch.ids), error)
+        self.statistics.faults[how] = self.statistics.faults.get(how, 0) + 1
         for request_id in batch.ids:
             if request_id in self._members:
                 self.statistics.failures.add(time.monotonic_ns() - self._members[request_id].submitted_ns)
             self._settle(request_id, error=EngineFailed("The model failed on this request."))
 
-    def _finish(self, batch: Dispatch, outputs: Sequence[Row], started_ns: int, ended_ns: int) -> None:
-        rows = len(batch.ids)
+    def _finish(self, batch: Dispatch, outputs: Sequence[Any], started_ns: int, ended_ns: int) -> None:
+        """Hand out what a batch returned, and report it done."""
+        rows, statistics = len(batch.ids), self.statistics
         if len(outputs) != rows:
-            self._fail(batch, ValueError(f"{len(outputs)} rows returned for {rows}"))
+            self._fail(batch, ValueError(f"{len(outputs)} rows returned for {rows}"), "miscounted")
+            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
             return
-        statistics = self.statistics
         infer_ns = ended_ns - started_ns
         statistics.executions += 1
         statistics.compute_infer.add(infer_ns, rows)
         statistics.batch_sizes[rows] = statistics.batch_sizes.get(rows, 0) + 1
+        staying: set[int] = set()
         for request_id, output in zip(batch.ids, outputs, strict=True):
             member = self._members.get(request_id)
             if member is None:
                 continue
             queue_ns = started_ns - member.submitted_ns
             statistics.queue.add(queue_ns)
+            row, following = output if self._is_stepwise else (output, None)
             try:
-                answer = self._processor.decode(output, member.question)
+                answer = self._processor.decode(row, member.question)
             except Exception as error:  # noqa: BLE001 - one undecodable row must not hurt its neighbours
                 _log.error("model=%s event=decode_failed error=%r", self._name, error)
                 self._settle(request_id, error=EngineFailed("The model's output could not be read."))
                 continue
-            self._settle(request_id, Served(answer, queue_ns, infer_ns, rows))
-        statistics.compute_output.add(time.monotonic_ns() - ended_ns, rows)
+            if member.partial is not None:
+                member.partial(answer)
+            if following is None:
+                self._settle(request_id, Served(answer, queue_ns, infer_ns, rows))
+            else:
+                member.row = following
+                staying.add(request_id)
+        now_ns = time.monotonic_ns()
+        statistics.compute_output.add(now_ns - ended_ns, rows)
+        self._scheduler.batch_done(now_ns, batch.batch_id, infer_ns, staying)
 
     def _settle(
         self, request_id: int, served: Served | None = None, *, error: Refused | EngineFailed | None = None

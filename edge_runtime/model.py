@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from edge_runtime.bundle import Bundle, Trust, find_bundle, load_bundle
-from edge_runtime.core.errors import EngineFailed
+from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import Ladder, ModelInfo
 from edge_runtime.engines import Engine
 from edge_runtime.first_load import FirstLoads
@@ -100,6 +100,21 @@ async def load_model_soon(
     bundle = load_bundle(find_bundle(name_or_path), trust)
     report = await first_loads.admit_soon(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
     return build_model(bundle, threads=threads, max_batch=max_batch, report=report)
+
+
+def load_engine(
+    name_or_path: str | os.PathLike[str], digest: str, *, threads: int, trust: Trust, max_batch: int
+) -> Engine:
+    """Another engine for a model that is loaded: in place of one that hung, or beside it. Raises BundleError."""
+    bundle = load_bundle(find_bundle(name_or_path), trust)
+    if bundle.digest != digest:
+        raise BundleError(
+            f"The bundle {name_or_path} was exchanged meanwhile; start again to use the new one."
+        )
+    prepared = prepare(
+        bundle.manifest, bundle.files, threads=threads, max_batch=batch_limit(bundle, max_batch)
+    )
+    return prepared.engine
 
 
 def batch_limit(bundle: Bundle, max_batch: int | None) -> int:

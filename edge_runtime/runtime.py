@@ -2,9 +2,10 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,13 @@ from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.caching import Cache
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, Reason
+from edge_runtime.core.windows import policy_of
+from edge_runtime.engines import Engine
 from edge_runtime.engines.build import engine_version
 from edge_runtime.first_load import FirstLoads
 from edge_runtime.joining import joining_of
 from edge_runtime.lane import INLINE_LIMIT_NS, Lane
-from edge_runtime.model import Model, cost_of, labels_of, load_model_soon
+from edge_runtime.model import Model, cost_of, labels_of, load_engine, load_model_soon
 from edge_runtime.model_trust import VersionRecord, read_trust, record_path, state_path, trials_path
 from edge_runtime.outcome import Outcome
 from edge_runtime.service import ServedModel, Service
@@ -61,7 +64,15 @@ class Runtime:
                     max_batch=config.batch.max,
                     first_loads=first_loads,
                 )
-                served = _serve(model, config)
+                renew = partial(
+                    load_engine,
+                    name,
+                    model.digest,
+                    threads=config.threads,
+                    trust=trust,
+                    max_batch=config.batch.max,
+                )
+                served = _serve(model, config, renew)
                 stack.push_async_callback(served.lane.close)
                 record.admit(model.name, model.manifest.engine, model.version, model.digest, model.signed_by)
                 if served.info.name in models:
@@ -186,10 +197,21 @@ def _service(
     )
 
 
-def _serve(model: Model, config: Config) -> ServedModel:
-    limits = QueueLimits(config.batch.max, config.batch.queue, config.batch.queue_bytes)
+def _serve(model: Model, config: Config, renew: Callable[[], Engine]) -> ServedModel:
+    batch = config.batch
     lane = Lane(
-        model.name, model.processor, model.engine, limits, is_inline=model.ladder[0][1] <= INLINE_LIMIT_NS
+        model.name,
+        model.processor,
+        model.engine,
+        QueueLimits(batch.max, batch.queue, batch.queue_bytes, batch.tenant_queue, batch.tenant_engine_share),
+        replace(
+            policy_of(batch.window),
+            duty_target=batch.duty_target,
+            duty_wait_ns=int(batch.duty_wait_ms * 1e6),
+        ),
+        ladder=model.ladder,
+        is_inline=model.ladder[0][1] <= INLINE_LIMIT_NS,
+        renew=renew,
     )
     info = model.info
     if config.escalation.accept is not None and info.accept_threshold is not None:

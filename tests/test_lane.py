@@ -139,6 +139,131 @@ def test_a_hung_engine_fails_its_batch_and_the_queue_meets_its_deadlines():
     run(scenario)
 
 
+def test_a_hung_engine_is_replaced_and_its_late_return_changes_nothing():
+    async def scenario():
+        gate = threading.Event()
+        hung, fresh = Engine(gate=gate), Engine()
+        lane = Lane("m", Echo(), hung, hang_limit_s=0.02, renew=lambda: fresh)
+        with pytest.raises(EngineFailed):
+            await lane.run(b"1")
+        assert (await lane.run(b"2")).values == (b"4",)
+        assert (hung.batches, fresh.batches) == ([[1]], [[2]])
+        assert (lane.statistics.faults, lane.statistics.replaced) == ({"hung": 1}, 1)
+        gate.set()
+        assert (await lane.run(b"3")).values == (b"6",)
+        while not hung.closed:  # by its own thread, once its call has returned
+            await asyncio.sleep(0.001)
+        await lane.close()
+        assert fresh.closed
+
+    run(scenario)
+
+
+def test_an_engine_that_cannot_be_replaced_serves_again_when_it_returns():
+    async def scenario():
+        gate = threading.Event()
+        engine = Engine(gate=gate)
+
+        def renew():
+            raise OSError("the bundle is gone")
+
+        lane = Lane("m", Echo(), engine, hang_limit_s=0.02, renew=renew)
+        with pytest.raises(EngineFailed):
+            await lane.run(b"1")
+        waiting = asyncio.create_task(lane.run(b"2"))
+        await asyncio.sleep(0)
+        gate.set()
+        assert (await waiting).values == (b"4",)
+        assert lane.statistics.replaced == 0
+        await lane.close()
+
+    run(scenario)
+
+
+def test_two_engines_run_two_batches_and_one_may_fail_alone():
+    async def scenario():
+        gate = threading.Event()
+        engines = [Engine(max_batch=1, gate=gate, poison=0), Engine(max_batch=1, gate=gate)]
+        lane = Lane("m", Echo(), engines)
+        tasks = [asyncio.create_task(lane.run(str(i).encode())) for i in range(2)]
+        for engine in engines:
+            await entered(engine)
+        gate.set()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(done[0], EngineFailed)
+        assert done[1].values == (b"2",)
+        assert lane.statistics.faults == {"raised": 1}
+        await lane.close()
+
+    run(scenario)
+
+
+class Countdown:
+    """A step engine: each step says the number and goes on below it until 0."""
+
+    name, is_batch_invariant, max_batch = "fake", True, 3
+
+    def __init__(self):
+        self.steps, self.closed = [], False
+
+    def run(self, rows):
+        self.steps.append([int(row[0][0]) for row in rows])
+        return [(row, (row[0] - 1,) if row[0][0] > 0 else None) for row in rows]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_members_of_a_step_lane_join_stream_and_leave_at_any_step(inline):
+    async def scenario():
+        engine = Countdown()
+        lane = Lane("m", Echo(), engine, is_inline=inline, is_stepwise=True)
+
+        async def listen(start, until):
+            heard = []
+            stream = lane.stream(str(start).encode())
+            async for answer in stream:
+                heard.append(int(answer.values[0]))
+                if heard[-1] == until:
+                    await stream.aclose()
+            return heard
+
+        whole = asyncio.create_task(lane.run(b"6"))
+        streams = [asyncio.create_task(listen(*who)) for who in ((3, None), (9, 7), (2, None))]
+        assert [await task for task in streams] == [[3, 2, 1, 0], [9, 8, 7], [2, 1, 0]]
+        assert (await whole).values == (b"0",)
+        assert max(map(len, engine.steps)) == 3
+        assert any(6 > step[0] > 0 and 2 in step[1:] for step in engine.steps), "one joined a running group"
+        assert lane.waiting == 0
+        await lane.close()
+
+    run(scenario)
+
+
+def test_a_storm_of_disconnects_leaves_everybody_else_their_own_answers():
+    async def scenario():
+        gate = threading.Event()
+        engine = Engine(max_batch=4, gate=gate)
+        lane = Lane("m", Echo(), engine, QueueLimits(max_waiting=400))
+        tasks = [asyncio.create_task(lane.run(str(i).encode(), tenant="ab"[i % 2])) for i in range(200)]
+        await entered(engine)
+        for i, task in enumerate(tasks):
+            if i % 3:
+                task.cancel()
+        gate.set()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        for i, answer in enumerate(done):
+            if i % 3:
+                assert isinstance(answer, asyncio.CancelledError)
+            else:
+                assert answer.values == (str(2 * i).encode(),)
+        assert lane.waiting == 0
+        await lane.close()
+
+    run(scenario)
+
+
 def test_a_full_queue_refuses_and_a_drain_serves_what_was_admitted():
     async def scenario():
         gate = threading.Event()

@@ -1,78 +1,128 @@
-"""The batching core both tiers share: natural batching over bounded queues, decided without a clock or a future.
+"""The scheduler both tiers share: which requests run together, on which engine, when, and who is refused.
 
-Rule: an idle engine takes what waits at once; while it is busy, arrivals accumulate, and leave together
-when it frees. A lone caller therefore never waits for company, and batches grow by themselves exactly
-when the engine is the bottleneck (Inoue, arXiv 1912.06322, analyses this policy).
+Rule: an idle engine takes what waits at once; while it is busy, arrivals accumulate, and leave together when it
+frees (Inoue, arXiv 1912.06322, analyses this policy). A window is waited only by policy (`windows`). Order: strict
+priorities that age, tenants in turns of engine time, earliest deadline first (`queueing`). What cannot be done
+by its deadline is refused before it costs anything, by what batches were measured to take (`latency`).
 
-The scheduler holds ids, sizes and deadlines, never payloads. Each call takes `now_ns` from any
-monotonic clock; `poll` returns what to do and `next_wakeup_ns` when to ask again. What may share a batch
-is said by the `lane` of each request: any hashable value, equal for co-batchable requests.
-It is not thread-safe; one owner calls it.
+It holds ids, sizes and deadlines, never payloads. Each call takes `now_ns` from any monotonic clock; `poll`
+returns what to do and `next_wakeup_ns` when to ask again. What may share a batch is said by the `lane` of
+each request: any hashable value, equal for co-batchable requests. Not thread-safe; one owner calls it.
 """
 
-import heapq
-from collections import OrderedDict
-from collections.abc import Hashable
+from bisect import bisect_left
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
-from edge_runtime.core.errors import RefusalKind
+from edge_runtime.core.errors import InvalidRequest, RefusalKind
+from edge_runtime.core.lanes import Lane
+from edge_runtime.core.messages import Ladder
+from edge_runtime.core.pool import EnginePool
+from edge_runtime.core.queueing import Entry, Level, Queue, Share
+from edge_runtime.core.windows import Policy, Windows
+
+#: Priorities are 0 (first) to LEVELS - 1.
+LEVELS = 3
+NORMAL = 1
+
+#: What a request's parameter `priority` may say; the numbers are Triton's, where 0 is the default.
+_PRIORITIES = {"high": 0, "normal": 1, "low": 2, 1: 0, 2: 1, 3: 2, 0: NORMAL}
+
+_SECOND = 1_000_000_000
+#: A level is one higher after waiting so many full batches (or a millisecond, whichever is longer) without a turn.
+_AGEING_BATCHES = 16
+_LEAST_AGEING_NS = 1_000_000
+#: Requests without a deadline are ordered as if they had this one, so that none waits for ever behind those that do.
+_PATIENCE_NS = _SECOND
+#: Predictions that nothing confirmed for so long refuse nobody: what they refuse could never correct them.
+_STALE_NS = _SECOND
+#: Lanes whose costs are remembered while nothing of theirs waits.
+_REMEMBERED_LANES = 64
+#: After a refusal for want of time the queue counts as overloaded for so many full batches.
+_OVERLOAD_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Bounds of the waiting queue over all lanes, and of one batch."""
+    """Bounds of one batch, and of what waits over all lanes and of one tenant.
+
+    `tenant_engine_share` is the engine time a tenant may use per time, with a burst of a second; None: no limit.
+    """
 
     max_batch: int = 32
     max_waiting: int = 1024
     max_waiting_bytes: int = 64 << 20
+    tenant_max_waiting: int | None = None
+    tenant_engine_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Run these requests together, in this order, on a free engine; report with `batch_done`."""
+    """Run these requests together, in this order, on that engine; report with `batch_done`."""
 
     batch_id: int
     lane: Hashable
     ids: tuple[int, ...]
+    engine: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Tell this caller no; the id is forgotten."""
+    """Tell this caller no; the id is forgotten. `retry_after_ns`: when there may be room; None: not known."""
 
     id: int
     kind: RefusalKind
+    retry_after_ns: int | None = None
 
 
 Action = Dispatch | Refuse
 
 
-@dataclass(slots=True)
-class _Waiting:
-    lane: Hashable
-    size_bytes: int
-    deadline_ns: int | None
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    engine: int
+    lane: Lane
+    entries: list[Entry]
 
 
 class Scheduler:
-    """Decides which requests run together and when, for `engines` interchangeable engines.
+    """Decides for interchangeable engines, each of which takes `depth` batches at a time.
 
-    Invariants (held by property tests): each admitted id leaves exactly once, by Dispatch, Refuse or
-    cancel; a batch has one lane and at most `max_batch` ids; an idle engine and a waiting request
-    never coexist after `poll`; the same calls give the same actions.
+    Invariants (held by property tests): each admitted id leaves exactly once, by Dispatch (the last of its steps),
+    Refuse or cancel; a batch has one lane and at most `max_batch` ids; no batch is dispatched that is predicted to
+    end after a member's deadline; after `poll`, a free engine and a waiting request coexist only during a
+    window; nobody starves; the same calls give the same actions.
     """
 
-    def __init__(self, limits: QueueLimits, engines: int = 1) -> None:
+    def __init__(
+        self,
+        limits: QueueLimits,
+        policy: Policy | None = None,
+        *,
+        engines: Sequence[int] = (1,),
+        ladder: Ladder = (),
+    ) -> None:
+        """`engines` are their depths; `ladder` is what batches were measured to cost, until lanes know better."""
         self._limits = limits
-        self._idle_engines = engines
-        self._waiting: OrderedDict[int, _Waiting] = OrderedDict()  # in order of arrival
+        self._windows = Windows(policy or Policy())
+        self._pool = EnginePool(engines)
+        self._ladder = ladder
+        self._levels = [Level() for _ in range(LEVELS)]
+        self._lanes: dict[Hashable, Lane] = {}
+        self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
-        self._lanes: dict[Hashable, OrderedDict[int, None]] = {}  # no lane is ever empty
-        self._deadlines: list[tuple[int, int]] = []  # a heap; ids that left stay until they surface
-        self._running: set[int] = set()
+        self._batches: dict[int, _Batch] = {}
         self._next_batch_id = 0
         self._is_draining = False
+        self._has_quotas = limits.tenant_max_waiting is not None or limits.tenant_engine_share is not None
+        self._spent_until_ns: dict[str, float] = {}  # by tenant, under `tenant_engine_share`
+        self._row_ns = self._batch_ns = self._single_ns = (
+            0.0  # the dearest lane's, as fast as engines are now
+        )
+        self._window_ends_ns: int | None = None
+        self._late_bound_ns: float = float("inf")  # no deadline among those that wait is earlier
+        self._overloaded_until_ns: float = 0.0
+        self._confirmed_ns = 0  # when a prediction was last checked by a batch
 
     @property
     def waiting(self) -> int:
@@ -80,9 +130,32 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_bytes(self) -> int:
+        """The size of what waits."""
+        return self._waiting_bytes
+
+    @property
     def running_batches(self) -> int:
         """How many batches are dispatched and not yet reported done."""
-        return len(self._running)
+        return len(self._batches)
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes are remembered."""
+        return len(self._lanes)
+
+    def speed(self, engine: int = 0) -> float:
+        """How much longer than usual batches take on an engine just now."""
+        return self._pool.speed_of(engine)
+
+    def predicted_ns(self, lane: Hashable, rows: int, engine: int = 0) -> float:
+        """How long a batch would take; 0 while nothing is known."""
+        known = self._lanes.get(lane) or Lane(lane, self._limits.max_batch, self._ladder)
+        return known.costs.mean(rows) * self._pool.speed_of(engine)
+
+    def backlog_ns(self, now_ns: int) -> float:
+        """How long it will take until what runs and waits is done."""
+        return self._pool.free_from(now_ns) - now_ns + self._waiting_ns()
 
     def submit(
         self,
@@ -92,82 +165,389 @@ class Scheduler:
         *,
         size_bytes: int = 0,
         deadline_ns: int | None = None,
+        tenant: str = "",
+        priority: int = NORMAL,
     ) -> Refuse | None:
-        """Queue a request whose id was never used before, or return the refusal. Ask `poll` what to run."""
+        """Queue a request whose id was never used before, or return the refusal. Ask `poll` what to run.
+
+        A deadline is for the end of the work. `priority` is 0 (first) to LEVELS - 1.
+        """
         if self._is_draining:
             return Refuse(request_id, RefusalKind.DRAINING)
         if deadline_ns is not None and deadline_ns <= now_ns:
             return Refuse(request_id, RefusalKind.LATE)
-        is_full = len(self._waiting) >= self._limits.max_waiting
-        if is_full or self._waiting_bytes + size_bytes > self._limits.max_waiting_bytes:
-            return Refuse(request_id, RefusalKind.FULL)
-        self._waiting[request_id] = _Waiting(lane, size_bytes, deadline_ns)
-        self._waiting_bytes += size_bytes
-        queue = self._lanes.get(lane)
-        if queue is None:
-            queue = self._lanes[lane] = OrderedDict()
-        queue[request_id] = None
+        waiting, limits = self._waiting, self._limits
+        if len(waiting) >= limits.max_waiting or self._waiting_bytes + size_bytes > limits.max_waiting_bytes:
+            return Refuse(request_id, RefusalKind.FULL, self._retry_after(now_ns))
+        if self._has_quotas and (refused := self._over_quota(now_ns, request_id, tenant)):
+            return refused
+        state = self._lanes.get(lane)
+        if state is None:
+            state = self._new_lane(lane)
+        queue = self._levels[priority].queue(tenant, state)
+        key_ns = now_ns + _PATIENCE_NS if deadline_ns is None else deadline_ns
+        at = queue.place(key_ns)
         if deadline_ns is not None:
-            heapq.heappush(self._deadlines, (deadline_ns, request_id))
+            # Most have time for everything that waits; only the others are looked at closely.
+            busy_ns = self._pool.busy_until_ns
+            left_ns = deadline_ns - (max(now_ns, busy_ns))
+            if left_ns < len(waiting) * self._row_ns + self._batch_ns and (
+                refused := self._too_late(now_ns, request_id, deadline_ns, queue, at, priority)
+            ):
+                return refused
+            self._late_bound_ns = min(self._late_bound_ns, deadline_ns)
+        if state.waiting:
+            state.linger.arrived(now_ns, opens=False)
+        else:
+            self._windows.began(now_ns, state, finds_idle=self._pool.free > 0 and not waiting)
+        level = self._levels[priority]
+        if not level.waiting:
+            level.since_ns = now_ns
+        entry = waiting[request_id] = Entry(request_id, queue, size_bytes, key_ns, deadline_ns is not None)
+        self._waiting_bytes += size_bytes
+        queue.insert(at, entry)
         return None
 
     def cancel(self, request_id: int) -> bool:
         """Forget a waiting request and return True; False if it already left the queue.
 
         A request that is running keeps its place in its batch: its neighbours must not notice.
-        The owner drops its result.
+        The owner drops its result, and leaves it out of `staying`.
         """
-        return self._take(request_id) is not None
+        entry = self._waiting.get(request_id)
+        if entry is None:
+            return False
+        self._remove(entry)
+        return True
 
     def drain(self) -> None:
         """Refuse every later submission; what waits is still served."""
         self._is_draining = True
 
     def poll(self, now_ns: int) -> list[Action]:
-        """Return what to do now: refusals of what is too late first, then a batch per idle engine."""
+        """Return what to do now: refusals of what cannot be done in time, then a batch for each free engine."""
         actions: list[Action] = []
-        while self._deadlines and self._deadlines[0][0] <= now_ns:
-            _, request_id = heapq.heappop(self._deadlines)
-            if self._take(request_id) is not None:
-                actions.append(Refuse(request_id, RefusalKind.LATE))
-        while self._idle_engines and self._waiting:
-            actions.append(self._dispatch_oldest())
+        self._window_ends_ns = None
+        while self._waiting:
+            if self._late_bound_ns <= self._pool.free_from(now_ns) + self._single_ns:
+                self._drop_late(now_ns, actions)
+            if not self._pool.free or not self._waiting or self._is_held(now_ns):
+                break
+            queue = self._next_queue(now_ns)
+            actions += self._dispatch(now_ns, queue)
         return actions
 
-    def batch_done(self, batch_id: int) -> None:
-        """Report that a dispatched batch ended, well or badly; its engine is free again."""
-        self._running.remove(batch_id)
-        self._idle_engines += 1
+    def batch_done(
+        self,
+        now_ns: int,
+        batch_id: int,
+        duration_ns: int | None = None,
+        staying: Collection[int] = (),
+    ) -> None:
+        """Report that a dispatched batch ended; its engine has room again.
+
+        `duration_ns` teaches what batches cost; None where it says nothing (it failed). `staying` are members
+        that need another step: they are in the lane's next batch, before any newcomer.
+        """
+        batch = self._batches.pop(batch_id)
+        self._pool.end(batch.engine)
+        if duration_ns is not None and duration_ns > 0:
+            self._confirmed_ns = now_ns
+            self._learn(batch, duration_ns)
+        if staying:
+            for entry in batch.entries:
+                if entry.id in staying:
+                    self._requeue(now_ns, entry)
+                    batch.lane.staying.add(entry.id)
+
+    def engine_down(self, engine: int) -> None:
+        """Dispatch nothing to this engine any more; what it runs must still be reported done."""
+        self._pool.set_up(engine, is_up=False)
+
+    def engine_up(self, engine: int) -> None:
+        """Use an engine again, with a speed to be learned afresh."""
+        self._pool.set_up(engine, is_up=True)
 
     def next_wakeup_ns(self) -> int | None:
-        """When `poll` must be called at the latest although nothing else happened; None: not needed."""
-        while self._deadlines and self._deadlines[0][1] not in self._waiting:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        """When `poll` must be called although nothing else happened; None: not needed. Early at times, never late."""
+        window_ns, late_ns = self._window_ends_ns, self._late_bound_ns
+        if not self._waiting or late_ns == float("inf"):
+            return window_ns
+        return int(late_ns) if window_ns is None else min(int(late_ns), window_ns)
 
-    def _take(self, request_id: int) -> _Waiting | None:
-        waiting = self._waiting.pop(request_id, None)
-        if waiting is None:
+    # Admission
+
+    def _over_quota(self, now_ns: int, request_id: int, tenant: str) -> Refuse | None:
+        limits = self._limits
+        if limits.tenant_max_waiting is not None:
+            shares = [level.shares[tenant] for level in self._levels if tenant in level.shares]
+            if sum([share.waiting for share in shares]) >= limits.tenant_max_waiting:
+                return Refuse(request_id, RefusalKind.QUOTA, self._retry_after(now_ns))
+        # A leaky bucket that may be a second ahead (GCRA): one number for each tenant.
+        ahead_ns = self._spent_until_ns.get(tenant, 0.0) - now_ns - _SECOND
+        return Refuse(request_id, RefusalKind.QUOTA, int(ahead_ns) + 1) if ahead_ns > 0 else None
+
+    def _too_late(
+        self, now_ns: int, request_id: int, deadline_ns: int, queue: Queue, at: int, priority: int
+    ) -> Refuse | None:
+        """Refuse what is predicted to end after its deadline, behind all that is served before it."""
+        if self._is_stale(now_ns):
             return None
-        self._waiting_bytes -= waiting.size_bytes
-        queue = self._lanes[waiting.lane]
-        del queue[request_id]
-        if not queue:
-            del self._lanes[waiting.lane]
-        # Amortised: a stream of cancels behind one long wait must not grow the heap.
-        if len(self._deadlines) > 64 + 4 * len(self._waiting):
-            self._deadlines = [pair for pair in self._deadlines if pair[1] in self._waiting]
-            heapq.heapify(self._deadlines)
-        return waiting
+        lane, speed = queue.lane, self._pool.speed
+        ahead = self._rows_ahead(queue, at, priority)
+        # The last batch by its 99th percentile, the others by their means: their errors even out.
+        last = min(ahead, lane.split.most - 1) + 1
+        before_ns = max(lane.split.drain(ahead + 1) - lane.split.drain(last), 0.0) / len(self._pool)
+        finish_ns = self._pool.free_from(now_ns) + (before_ns + lane.costs.p99(last)) * speed
+        if finish_ns <= deadline_ns:
+            return None
+        self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._batch_ns
+        return Refuse(request_id, RefusalKind.LATE, int(finish_ns - deadline_ns) + 1)
 
-    def _dispatch_oldest(self) -> Dispatch:
-        """Form a batch in the lane of the request that waits longest, so that no lane starves."""
-        oldest = next(iter(self._waiting.values()))
-        ids = tuple(islice(self._lanes[oldest.lane], self._limits.max_batch))
-        for request_id in ids:
-            self._take(request_id)
+    def _rows_ahead(self, queue: Queue, at: int, priority: int) -> int:
+        """Rows served before place `at`: its own queue's, those of higher levels, and the other tenants' turns."""
+        level = self._levels[priority]
+        others = level.waiting - len(queue.keys)
+        # Each other tenant is served as often as this one meanwhile, and no more.
+        turns = max(len(level.shares) - (1 if queue.keys else 0), 0) * (at + 1)
+        foreign = sum([above.waiting for above in self._levels[:priority]]) + min(others, turns)
+        if len(self._lanes) > 1 and foreign:  # in rows of this lane's cost
+            mean_ns = self._waiting_ns() * len(self._pool) / self._pool.speed / len(self._waiting)
+            foreign = int(foreign * mean_ns / (queue.lane.split.per_row or 1.0))
+        return at + foreign
+
+    def _waiting_ns(self) -> float:
+        """Time to serve all that waits once an engine is free."""
+        rows_ns = sum([lane.waiting * lane.split.per_row for lane in self._lanes.values()])
+        return rows_ns * self._pool.speed / len(self._pool)
+
+    def _retry_after(self, now_ns: int) -> int | None:
+        """When half of what waits will have been served."""
+        half_ns = self._pool.free_from(now_ns) - now_ns + self._waiting_ns() / 2
+        return int(half_ns) + 1 if half_ns > 0 else None
+
+    def _is_stale(self, now_ns: int) -> bool:
+        return not self._batches and now_ns - self._confirmed_ns > _STALE_NS
+
+    # What waits
+
+    def _new_lane(self, key: Hashable) -> Lane:
+        if len(self._lanes) >= _REMEMBERED_LANES:
+            running = {batch.lane.key for batch in self._batches.values()}
+            for old, lane in self._lanes.items():
+                if not lane.waiting and old not in running:
+                    del self._lanes[old]
+                    break
+        lane = self._lanes[key] = Lane(key, self._limits.max_batch, self._ladder)
+        self._retune()
+        return lane
+
+    def _retune(self) -> None:
+        lanes, speed = self._lanes.values(), self._pool.speed
+        self._row_ns = max([lane.split.per_row for lane in lanes]) * speed / len(self._pool)
+        self._batch_ns = max([lane.costs.p99s[-1] for lane in lanes]) * speed
+        self._single_ns = max([lane.costs.means[0] for lane in lanes]) * speed
+
+    def _requeue(self, now_ns: int, entry: Entry) -> None:
+        """Let a request that was taken out wait again, at the place its deadline gives it."""
+        level = entry.queue.share.level
+        entry.queue = queue = level.queue(entry.queue.share.tenant, entry.queue.lane)
+        if not level.waiting:
+            level.since_ns = now_ns
+        queue.insert(bisect_left(queue.keys, entry.key_ns), entry)  # before equal ones, which came later
+        self._waiting[entry.id] = entry
+        self._waiting_bytes += entry.size_bytes
+        if entry.has_deadline:
+            self._late_bound_ns = min(self._late_bound_ns, entry.key_ns)
+
+    def _remove(self, entry: Entry) -> None:
+        del self._waiting[entry.id]
+        self._waiting_bytes -= entry.size_bytes
+        entry.queue.lane.staying.discard(entry.id)
+        entry.queue.remove(entry)
+
+    def _drop_late(self, now_ns: int, actions: list[Action]) -> None:
+        """Refuse what cannot end in time even if it ran alone as soon as an engine is free."""
+        start_ns = self._pool.free_from(now_ns)
+        speed = 0.0 if self._is_stale(now_ns) else self._pool.speed
+        late: list[Entry] = []
+        bound_ns = float("inf")
+        for level in self._levels:
+            for queue in level.queues():
+                limit_ns = max(start_ns + queue.lane.costs.means[0] * speed, now_ns + 1)
+                for key_ns, entry in zip(queue.keys, queue.entries, strict=True):
+                    if key_ns >= limit_ns:
+                        bound_ns = min(bound_ns, key_ns)
+                        break
+                    if entry.has_deadline:
+                        late.append(entry)
+        for entry in late:
+            self._remove(entry)
+            actions.append(Refuse(entry.id, RefusalKind.LATE))
+        self._late_bound_ns = bound_ns
+        if late:
+            self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._batch_ns
+
+    # Forming batches
+
+    def _is_held(self, now_ns: int) -> bool:
+        """Whether a window keeps the only lane that waits; if so `next_wakeup_ns` knows until when."""
+        lane = next(iter(self._waiting.values())).queue.lane
+        if lane.waiting < len(self._waiting):  # a window is for engines that have nothing else to do
+            return False
+        until_ns = self._windows.until(now_ns, lane, self._pool.speed)
+        if until_ns <= now_ns:
+            return False
+        # One more row than now must still be served in time.
+        rows = min(lane.waiting + 1, self._limits.max_batch)
+        slack_ns = self._late_bound_ns - lane.costs.p99(rows) * self._pool.speed
+        if slack_ns < until_ns:
+            until_ns = int(slack_ns)
+        if until_ns <= now_ns:
+            return False
+        self._window_ends_ns = until_ns
+        return True
+
+    def _next_queue(self, now_ns: int) -> Queue:
+        """Whose turn it is: level, then tenant, then its most urgent lane."""
+        level = self._levels[0]
+        if level.waiting < len(self._waiting):
+            level = self._next_level(now_ns)
+        level.since_ns = now_ns
+        share = level.turn()
+        queue = share.most_urgent()
+        if queue.lane.version != queue.lane.costs.version:
+            queue.lane.refresh()
+            self._retune()
+        return queue
+
+    def _next_level(self, now_ns: int) -> Level:
+        """The first level that waits, or a later one that has aged up to it."""
+        ageing_ns = max(_AGEING_BATCHES * self._batch_ns, _LEAST_AGEING_NS)
+        ranks = [
+            (max(rank - (now_ns - level.since_ns) // ageing_ns, 0), level.since_ns, rank)
+            for rank, level in enumerate(self._levels)
+            if level.waiting
+        ]
+        return self._levels[min(ranks)[2]]
+
+    def _staying(self, lane: Lane) -> list[Entry]:
+        """Take out those that must be in the lane's next step."""
+        stay = [self._waiting[request_id] for request_id in sorted(lane.staying)[: self._limits.max_batch]]
+        lane.staying.difference_update([entry.id for entry in stay])
+        for entry in stay:
+            entry.queue.remove(entry)
+        return stay
+
+    def _newcomers(self, first: Queue, rows: int) -> list[Entry]:
+        """Take out `rows` entries of one lane: the level and tenant whose turn it is, then all in equal parts by level."""
+        lane = first.lane
+        taken: list[Entry] = []
+        own = first.share.level
+        levels = self._levels if own is self._levels[0] else [own, *self._levels]
+        for level in levels:
+            while len(taken) < rows and (queues := level.in_turn(lane)):
+                each = -(-(rows - len(taken)) // len(queues))
+                for queue in queues[: rows - len(taken)]:
+                    taken += queue.cut(min(each, rows - len(taken)))
+        return taken
+
+    def _dispatch(self, now_ns: int, queue: Queue) -> list[Action]:
+        pool, lane = self._pool, queue.lane
+        rows = lane.split.batch(lane.waiting)
+        members = self._staying(lane) if lane.staying else []
+        newcomers = self._newcomers(queue, rows - len(members))
+        members += newcomers
+        for entry in members:
+            del self._waiting[entry.id]
+            self._waiting_bytes -= entry.size_bytes
+        index = pool.choose()
+        speed = pool.speed_of(index)
+        actions: list[Action] = []
+        if min([entry.key_ns for entry in members]) < now_ns + lane.costs.mean(len(members)) * speed:
+            actions = self._fit_deadlines(now_ns, lane, members, newcomers, speed)
+            if not members:
+                return actions
+        predicted_ns = lane.costs.mean(len(members)) * speed
+        self._charge(now_ns, members, predicted_ns / len(members))
+        pool.start(index, now_ns, predicted_ns)
+        self._windows.spend(predicted_ns)
         batch_id = self._next_batch_id
-        self._next_batch_id += 1
-        self._idle_engines -= 1
-        self._running.add(batch_id)
-        return Dispatch(batch_id, oldest.lane, ids)
+        self._next_batch_id = batch_id + 1
+        self._batches[batch_id] = _Batch(index, lane, members)
+        actions.append(Dispatch(batch_id, lane.key, tuple([entry.id for entry in members]), index))
+        return actions
+
+    def _fit_deadlines(
+        self, now_ns: int, lane: Lane, members: list[Entry], newcomers: list[Entry], speed: float
+    ) -> list[Action]:
+        """Shrink a batch to what its earliest deadline allows; under overload refuse those who would shrink it.
+
+        Only newcomers are put back, never who stays. Smaller batches serve fewer rows per second, which only a
+        queue without overload can afford (early drop: Nexus, SOSP 2019).
+        """
+        actions: list[Action] = []
+        hasty = sorted([entry for entry in members if entry.has_deadline], key=_key_of)
+
+        def refuse_first() -> None:
+            actions.append(Refuse(hasty[0].id, RefusalKind.LATE))
+            members.remove(hasty.pop(0))
+
+        # An engine may be slower than the best one, by which the queue was judged.
+        while hasty and not self._is_stale(now_ns) and _is_late(now_ns, lane, 1, speed, hasty[0]):
+            refuse_first()
+        if now_ns >= self._overloaded_until_ns:
+            spare = sorted([entry for entry in newcomers if entry in members], key=_key_of)
+            while (
+                spare and len(members) > 1 and hasty and _is_late(now_ns, lane, len(members), speed, hasty[0])
+            ):
+                put_back = spare.pop()
+                members.remove(put_back)
+                hasty = [entry for entry in hasty if entry is not put_back]
+                self._requeue(now_ns, put_back)
+        while len(members) > 1 and hasty and _is_late(now_ns, lane, len(members), speed, hasty[0]):
+            refuse_first()
+        return actions
+
+    def _charge(self, now_ns: int, members: Sequence[Entry], each_ns: float) -> None:
+        limit = self._limits.tenant_engine_share
+        if limit is not None:
+            self._spend_quota(now_ns, members, each_ns / limit)
+        counts: dict[Share, int] = {}
+        for entry in members:
+            share = entry.queue.share
+            counts[share] = counts.get(share, 0) + 1
+        for share, count in counts.items():
+            share.level.charge(share, count * each_ns)
+
+    def _spend_quota(self, now_ns: int, members: Sequence[Entry], each_ns: float) -> None:
+        spent = self._spent_until_ns
+        for entry in members:
+            tenant = entry.queue.share.tenant
+            spent[tenant] = max(spent.get(tenant, 0.0), now_ns) + each_ns
+        if len(spent) > 2 * len(self._waiting) + _REMEMBERED_LANES:
+            self._spent_until_ns = {tenant: until for tenant, until in spent.items() if until > now_ns}
+
+    def _learn(self, batch: _Batch, duration_ns: int) -> None:
+        speed = self._pool.speed_of(batch.engine)
+        ratio = batch.lane.costs.observe(len(batch.entries), duration_ns / speed)
+        if ratio is not None:
+            self._pool.learn(batch.engine, ratio * speed)
+        self._retune()
+
+
+def priority_of(word: object) -> int:
+    """The level of a request's parameter; None: NORMAL. Raises InvalidRequest."""
+    if word is None:
+        return NORMAL
+    if isinstance(word, str | int) and not isinstance(word, bool) and word in _PRIORITIES:
+        return _PRIORITIES[word]
+    raise InvalidRequest('Parameter priority must be "high", "normal" or "low", or a number from 0 to 3.')
+
+
+def _key_of(entry: Entry) -> int:
+    return entry.key_ns
+
+
+def _is_late(now_ns: int, lane: Lane, rows: int, speed: float, entry: Entry) -> bool:
+    return now_ns + lane.costs.mean(rows) * speed > entry.key_ns

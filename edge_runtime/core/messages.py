@@ -198,5 +198,10 @@ class ModelStatistics:
     cache_hit: Duration = field(default_factory=Duration)
     cache_miss: Duration = field(default_factory=Duration)
     executions: int = 0  # batches run
+    faults: dict[str, int] = field(
+        default_factory=dict
+    )  # batches that failed, by "raised", "hung", "miscounted"
+    replaced: int = 0  # engines that hung and were loaded anew
+    refused: dict[str, int] = field(default_factory=dict)  # rows by the kind of refusal
     last_inference_ms: int = 0  # unix time
     batch_sizes: dict[int, int] = field(default_factory=dict)  # rows in a batch -> how often

@@ -36,3 +36,21 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model. Idempotent; `run` must not be called afterwards."""
+
+
+class StepEngine(Protocol):
+    """Runs one step of many members at a time: iterations of a decoder, chunks of a stream.
+
+    As `Engine`, but `run` returns for each row what this step says of it, and the row of its next step: None
+    ends the member. All that a member carries from step to step is in its row.
+    """
+
+    @property
+    def max_batch(self) -> int:
+        """The most members of one step."""
+
+    def run(self, rows: Sequence[Row]) -> list[tuple[Row, Row | None]]:
+        """Run one step of 1..max_batch members; return (partial output, next row) for each."""
+
+    def close(self) -> None:
+        """Free the model. Idempotent; `run` must not be called afterwards."""

@@ -1,0 +1,43 @@
+"""A lane: what may share a batch, with all that was learned about its batches."""
+
+from collections.abc import Hashable
+
+from edge_runtime.core.latency import BatchCosts
+from edge_runtime.core.linger import Linger
+from edge_runtime.core.messages import Ladder
+from edge_runtime.core.splitting import Split
+
+
+class Lane:
+    """State of one lane: costs, how they split, its window, how many wait, and who must be in its next step.
+
+    `since_ns` is when it last began to wait, `held_until_ns` when the window ends that began then.
+    """
+
+    __slots__ = (
+        "costs",
+        "held_until_ns",
+        "key",
+        "linger",
+        "since_ns",
+        "split",
+        "staying",
+        "version",
+        "waiting",
+    )
+
+    def __init__(self, key: Hashable, max_batch: int, ladder: Ladder) -> None:
+        self.key = key
+        self.costs = BatchCosts(max_batch, ladder)
+        self.linger = Linger()
+        self.waiting = 0
+        self.since_ns = 0
+        self.held_until_ns = 0
+        self.staying: set[int] = set()  # ids of those between two steps; they wait, too
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive again what follows from the costs."""
+        self.version = self.costs.version
+        self.split = Split(self.costs.sizes, self.costs.means)
+        self.linger.set_costs(*self.costs.fixed_and_marginal())

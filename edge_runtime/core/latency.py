@@ -1,0 +1,149 @@
+"""What a batch costs: learned per batch size and lane, with one speed factor per engine for all of them.
+
+The factor separates what a batch costs from how fast the engine runs just now: a throttled processor or a busy
+neighbour slows every size alike, so one observation of any size corrects the prediction of all. Times are
+nanoseconds; a prediction is a float. No clock: durations are arguments.
+"""
+
+from collections.abc import Sequence
+
+from edge_runtime.core.messages import Ladder
+
+#: Observations that a figure of the warm-up sweep counts for; after that the first real ones weigh 1/5, 1/6, ...
+_PRIOR_WEIGHT = 4
+#: From so many observations on a size may say how fast the engine is; before, it learns what it costs itself.
+_TRUSTED_AFTER = 8
+#: Least weight of one observation in a size's mean: slow, since the speed factor follows what is quick.
+_MEAN_WEIGHT = 0.02
+#: Weight of one batch in the speed factor: after 20 batches 1 % of the old speed is left (0.8 ** 20).
+_SPEED_WEIGHT = 0.2
+#: One batch may claim the engine to be at most so many times slower or faster than believed; real hiccups of
+#: a hundredfold (a page fault, a descheduled core) would otherwise stop all admission for many batches.
+_SPEED_STEP = 2.0
+#: The table changes by this share before what was derived from it is derived again.
+_DRIFT = 0.1
+
+
+class BatchCosts:
+    """Mean and 99th percentile of one lane's batches at speed 1, by the ladder's sizes.
+
+    A batch of `rows` costs what the next larger size of the ladder costs, since engines pad up to it. Sizes never
+    seen are an affine function of those that were (t(b) = fixed + marginal * b, least squares).
+    """
+
+    __slots__ = ("_index", "_noted", "deviations", "means", "p99s", "seen", "sizes", "version")
+
+    def __init__(self, max_batch: int, prior: Ladder = ()) -> None:
+        self.sizes = ladder_sizes(max_batch)
+        self._index = [
+            0,
+            *(i for i, size in enumerate(self.sizes) for _ in range(size - _below(self.sizes, i))),
+        ]
+        self.seen = [0] * len(self.sizes)
+        self.means = [0.0] * len(self.sizes)
+        self.deviations = [0.0] * len(self.sizes)
+        for rows, ns in prior:
+            if rows in self.sizes:
+                at = self.sizes.index(rows)
+                self.seen[at], self.means[at], self.deviations[at] = _PRIOR_WEIGHT, float(ns), ns / 8
+        self.p99s = [1.375 * mean for mean in self.means]
+        self._guess_unseen()
+        self.version = 0
+        self._noted = list(self.means)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was ever measured; before, all costs are 0."""
+        return any(self.seen)
+
+    def mean(self, rows: int) -> float:
+        """Expected duration of a batch of `rows`, at speed 1."""
+        return self.means[self._index[rows]]
+
+    def p99(self, rows: int) -> float:
+        """A duration that one batch of a hundred exceeds, at speed 1."""
+        return self.p99s[self._index[rows]]
+
+    def fixed_and_marginal(self) -> tuple[float, float]:
+        """The affine reading (a, c) of the table, t(b) = a + c*b, both at least 0."""
+        return _affine(self.sizes, self.means)
+
+    def observe(self, rows: int, duration: float) -> float | None:
+        """Learn from one batch (nanoseconds at speed 1); return what it took against what was expected.
+
+        None while its size is too new to judge the engine by.
+        """
+        at = self._index[rows]
+        seen, mean = self.seen[at], self.means[at]
+        self.seen[at] = seen + 1
+        ratio = duration / mean if mean > 0 and seen >= _TRUSTED_AFTER else None
+        if not seen:
+            self.means[at], self.deviations[at], self.p99s[at] = duration, duration / 8, duration * 1.375
+            self._guess_unseen()
+        else:
+            weight = max(1 / (seen + 1), _MEAN_WEIGHT)
+            # Clipped as Huber does: one hiccup must not stand for the next hundred batches.
+            spread = 4 * self.deviations[at] + mean / 8
+            error = min(max(duration - mean, -spread), spread)
+            self.means[at] = mean + weight * error
+            self.deviations[at] += weight * (abs(error) - self.deviations[at])
+            self._raise_or_lower(at, duration)
+        if abs(self.means[at] - self._noted[at]) > _DRIFT * self._noted[at]:
+            self._noted = list(self.means)
+            self.version += 1
+        return ratio
+
+    def _raise_or_lower(self, at: int, duration: float) -> None:
+        """Track the quantile by steps whose balance point is 1 % above (Robbins and Monro 1951)."""
+        step = self.deviations[at] + self.means[at] / 64
+        p99 = self.p99s[at] + (0.99 * step if duration > self.p99s[at] else -0.01 * step)
+        self.p99s[at] = max(p99, self.means[at])
+
+    def _guess_unseen(self) -> None:
+        known = [i for i, count in enumerate(self.seen) if count]
+        if not known:
+            return
+        fixed, marginal = _affine([self.sizes[i] for i in known], [self.means[i] for i in known])
+        for i, count in enumerate(self.seen):
+            if not count:
+                # Never below a smaller size that was measured: batches do not get cheaper by growing.
+                floor = max((self.means[k] for k in known if k < i), default=0.0)
+                self.means[i] = max(fixed + marginal * self.sizes[i], floor)
+                self.deviations[i] = self.means[i] / 4
+                self.p99s[i] = 1.75 * self.means[i]
+
+
+class Speed:
+    """How much longer than usual batches take on one engine just now; 1 is as usual."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def observe(self, ratio: float) -> None:
+        """Take in what a batch took, against what it was expected to at speed 1."""
+        ratio = min(max(ratio, self.factor / _SPEED_STEP), self.factor * _SPEED_STEP)
+        self.factor += _SPEED_WEIGHT * (ratio - self.factor)
+
+
+def ladder_sizes(max_batch: int) -> tuple[int, ...]:
+    """The sizes that engines prepare: powers of two and the most."""
+    sizes = [1]
+    while sizes[-1] * 2 < max_batch:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes) if max_batch == 1 else (*sizes, max_batch)
+
+
+def _below(sizes: Sequence[int], i: int) -> int:
+    return sizes[i - 1] if i else 0
+
+
+def _affine(sizes: Sequence[int], means: Sequence[float]) -> tuple[float, float]:
+    """Least squares of means over sizes, each size weighing alike; of one point half is taken as fixed."""
+    if len(sizes) == 1:
+        return means[0] / 2, means[0] / 2 / sizes[0]
+    size, mean = sum(sizes) / len(sizes), sum(means) / len(means)
+    slope = sum((s - size) * (m - mean) for s, m in zip(sizes, means, strict=True))
+    marginal = max(slope / sum((s - size) ** 2 for s in sizes), 0.0)
+    return max(mean - marginal * size, 0.0), marginal
