@@ -52,7 +52,7 @@ class CacheSettings(Settings, frozen=True):
     """The answer cache in memory, and below it one on disk."""
 
     enabled: bool = True
-    max_bytes: Positive = 2 << 20  # about 3,000 commands
+    max_bytes: Positive = 2 << 20  # about 2,900 commands
     ttl_s: Seconds = 3600.0
     # How long after that an answer of the cloud may still be given, marked stale, while the cloud is out of reach.
     # A day: a link lost in the evening is repaired next morning, and the same question rarely changes its answer.

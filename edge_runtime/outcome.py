@@ -1,15 +1,12 @@
 """What one row came to, and its bytes for a store that outlives the process."""
 
-from dataclasses import dataclass
-
 import msgspec
 import numpy as np
 
 from edge_runtime.core.messages import DEGRADED_REASONS, Answer, Array, Origin, Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """One row's answer, where it comes from and why, and where its time went in nanoseconds.
 
     `cloud_version` is the version of the cloud's model where that one answered.

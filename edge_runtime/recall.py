@@ -101,16 +101,24 @@ class Recall:
             kept = recalled.outcome
         return kept if kept is not None and kept.reason is Reason.UNSURE else None
 
-    def keep(self, key: bytes, digest: str, row_ns: int, outcome: Outcome, *, is_private: bool) -> None:
+    def keep(
+        self, now_ns: int, key: bytes, digest: str, row_ns: int, outcome: Outcome, *, is_private: bool
+    ) -> None:
         """Keep an outcome that is final: not degraded, and not itself from the cache.
 
         The disk gets what it would be asked for, and nothing private.
         """
-        kept = outcome.as_kept()
-        self.memory.put(time.monotonic_ns(), key, kept, payload_bytes(kept.answer), group=digest)
-        is_for_disk = outcome.origin is Origin.CLOUD or self.is_worth_reading(row_ns)
-        if self.disk is not None and is_for_disk and not is_private:
-            self.disk.keep(key, digest, encode_outcome(kept))
+        self.memory.put(now_ns, key, outcome, payload_bytes(outcome.answer), group=digest)
+        if self.disk is None or is_private:
+            return
+        if outcome.origin is Origin.CLOUD or self.is_worth_reading(row_ns):
+            self.disk.keep(key, digest, encode_outcome(outcome))
+
+    def as_hit(self, key: bytes, found: Outcome) -> Outcome:
+        """What a hit is answered with. Made at the first hit, since most answers are never asked for again."""
+        hit = found.as_kept()
+        self.memory.revise(key, hit)
+        return hit
 
     def see_cloud(self, digest: str, version: str) -> None:
         """A cloud of another version has answered for a model: what earlier versions said is forgotten."""

@@ -4,8 +4,10 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from edge_runtime.core.caching import TRAVEL_PARAMETERS, Cache, KeyPrefix
 from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel
@@ -59,7 +61,8 @@ class ServedModel:
     @property
     def row_ns(self) -> int:
         """What one row costs, as measured at its load."""
-        return self.info.ladder[0][1] if self.info.ladder else 0
+        ladder = self.info.ladder
+        return ladder[0][1] if ladder else 0
 
 
 class _Abandoned(Exception):  # noqa: N818 - a signal between callers, never seen outside
@@ -252,56 +255,63 @@ class Service:
         return prefix
 
     async def _serve_row(self, served: ServedModel, row: bytes, travel: _Travel) -> Outcome:
-        """From the cache, or with whoever asks the same right now, or computed."""
+        """From the cache, or with whoever asks the same right now, or computed for all who do."""
         recall = self.recall
         if travel.prefix is None or recall is None:
             return await self._compute(served, row, travel, None)
         key = travel.prefix.key(row)
-        statistics = served.lane.statistics
-        while True:
+        looked_ns = time.monotonic_ns()
+        found = recall.memory.get(looked_ns, key)
+        while found is None and key in self._flights:
+            outcome = await self._follow(key, travel.deadline_ns - looked_ns)
+            if outcome is not None:
+                return outcome
             looked_ns = time.monotonic_ns()
             found = recall.memory.get(looked_ns, key)
-            if found is not None:
-                statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
-                statistics.queue.add(0)  # as Triton counts: load generators look for it
-                return found
-            if key not in self._flights:
-                statistics.cache_miss.add(time.monotonic_ns() - looked_ns)
-                return await self._lead(served, row, travel, key)
-            flight = self._flights[key]
-            if flight is None:
-                flight = self._flights[key] = asyncio.get_running_loop().create_future()
-            self.counters.coalesced += 1
-            try:
-                async with asyncio.timeout((travel.deadline_ns - looked_ns) / 1e9):
-                    return await asyncio.shield(flight)
-            except _Abandoned:
-                continue
-            except TimeoutError:
-                raise refusal(RefusalKind.LATE) from None
-
-    async def _lead(self, served: ServedModel, row: bytes, travel: _Travel, key: bytes) -> Outcome:
-        """Compute for everybody who asks the same meanwhile; whatever happens, let the followers go."""
+        statistics = served.lane.statistics
+        if found is not None:
+            statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
+            statistics.queue.add(0)  # as Triton counts: load generators look for it
+            return found if found.origin is Origin.CACHE else recall.as_hit(key, found)
+        statistics.cache_miss.add(time.monotonic_ns() - looked_ns)
         self._flights[key] = None
         try:
             outcome = await self._compute(served, row, travel, key)
         except BaseException as error:
-            flight = self._flights.pop(key)
-            if flight is not None:
-                # A cancel or a refusal is this caller's own; followers have their own deadline and try again.
-                own = isinstance(error, Refused) or not isinstance(error, Exception)
-                flight.set_exception(_Abandoned() if own else error)
-                flight.exception()  # mark as seen: its followers may be gone
+            self._abandon(key, error)
             raise
         flight = self._flights.pop(key)
         if flight is not None:
             flight.set_result(outcome)
         is_final = outcome.origin is not Origin.CACHE and not outcome.is_degraded
         # A model that was replaced meanwhile would fill the cache with what nobody can ask for.
-        if self.recall is not None and is_final and self._models.get(served.info.name) is served:
+        if is_final and self._models.get(served.info.name) is served:
             digest = served.info.digest
-            self.recall.keep(key, digest, served.row_ns, outcome, is_private=travel.is_private)
+            recall.keep(looked_ns, key, digest, served.row_ns, outcome, is_private=travel.is_private)
         return outcome
+
+    async def _follow(self, key: bytes, patience_ns: int) -> Outcome | None:
+        """Wait for who computes `key`; None where it gave up and somebody else must. Raises Refused."""
+        flight = self._flights[key]
+        if flight is None:
+            flight = self._flights[key] = asyncio.get_running_loop().create_future()
+        self.counters.coalesced += 1
+        try:
+            async with asyncio.timeout(patience_ns / 1e9):
+                return await asyncio.shield(flight)
+        except _Abandoned:
+            return None
+        except TimeoutError:
+            raise refusal(RefusalKind.LATE) from None
+
+    def _abandon(self, key: bytes, error: BaseException) -> None:
+        """Whatever happened to who computed `key`, let its followers go."""
+        flight = self._flights.pop(key)
+        if flight is not None:
+            # A cancel or a refusal is this caller's own; followers have their own deadline and try again.
+            own = isinstance(error, Refused) or not isinstance(error, Exception)
+            flight.set_exception(_Abandoned() if own else error)
+            flight.exception()  # mark as seen: its followers may be gone
 
     async def _compute(self, served: ServedModel, row: bytes, travel: _Travel, key: bytes | None) -> Outcome:
         """Ask the edge's model; where it is unsure and nothing forbids it, ask the cloud.

@@ -222,8 +222,10 @@ class AnswerStore:
             with closing(_open(self._path, self._max_bytes)) as database:
                 while self._serve_once(database):
                     pass
-        except (sqlite3.Error, OSError, StoreUnfit) as error:
+        except (sqlite3.OperationalError, OSError, StoreUnfit) as error:
             self._turn_off(error)
+        except sqlite3.Error as error:
+            self._turn_off(StoreUnfit(f"{error}; remove the file to begin anew"))
 
     def _serve_once(self, database: sqlite3.Connection) -> bool:
         """Wait for work and do it, look-ups first; False at the end."""

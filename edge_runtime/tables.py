@@ -33,8 +33,9 @@ def print_status(tree: dict[str, Any]) -> None:
     columns = ["model", "origin", "reason", "rows"]
     if tree["answers"]:
         _print("answers", columns, [[answer[column] for column in columns] for answer in tree["answers"]])
-    disk = (tree["cache"] or {}).pop("disk", None)
-    for name, fields in (("cache", tree["cache"]), ("cache on disk", disk), ("cloud", tree["cloud"])):
+    memory = dict(tree["cache"] or {})
+    disk = memory.pop("disk", None)
+    for name, fields in (("cache", memory or None), ("cache on disk", disk), ("cloud", tree["cloud"])):
         rows = [["off", ""]] if fields is None else [[key, value] for key, value in fields.items()]
         _print(name, ["", ""], rows)
 

@@ -20,6 +20,8 @@ def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):
         ("[cache]\nmax_byte = 3", ["[cache] max_byte", "Did you mean max_bytes?"]),
         ('[cache]\nmax_bytes = "3"', ["[cache] max_bytes", "whole number", "text"]),
         ("[cache]\nmax_bytes = 0", ["[cache] max_bytes", ">= 1"]),
+        ("[cache]\ndisk_max_bytes = 1000", ["[cache] disk_max_bytes", ">= 4194304"]),
+        ("[cache]\nstale_s = -1", ["[cache] stale_s", ">= 0"]),
         ("[cloud]\ntenant = 'x'", ["[cloud] broker", "missing"]),
         ("[cloud]\nbroker = 'http://x'", ["[cloud] broker", "mqtt://"]),
         ("[cloud]\nbroker = 'mqtt://x'\ntenant = 'A B'", ["[cloud] tenant", "id"]),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edge_runtime.config import CacheSettings, Config
 from edge_runtime.core.caching import Cache
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
 from edge_runtime.core.escalation import CloudUnavailable, LinkState
@@ -24,9 +25,11 @@ from edge_runtime.core.messages import (
 from edge_runtime.engines.fake import FakeEngine
 from edge_runtime.lane import Lane
 from edge_runtime.model import labels_of, load_model
+from edge_runtime.outcome import Outcome, encode_outcome
 from edge_runtime.processing.tensors import Tensors
 from edge_runtime.recall import Recall
 from edge_runtime.replies import build_reply
+from edge_runtime.runtime import Runtime
 from edge_runtime.service import ServedModel, Service
 from edge_runtime.store import AnswerStore, Found
 
@@ -571,8 +574,6 @@ def test_age_on_disk_counts_in_memory_and_past_its_time_it_serves_only_in_need(m
 def test_what_comes_from_disk_dies_in_memory_when_it_would_have_on_disk():
     async def scenario():
         memory, store = Cache(1 << 20, HOUR, 0), Memory()
-        from edge_runtime.outcome import Outcome, encode_outcome
-
         store.keep(b"k", "d", encode_outcome(Outcome(Answer((b"v",), 0.5), Origin.CLOUD, Reason.UNSURE)))
         store.age_ns = HOUR - 10**9
         recalled = await Recall(memory, store).from_disk(b"k", "d")
@@ -603,5 +604,47 @@ def test_degraded_answers_are_kept_nowhere(model):
         await service.ask("x")
         assert not store.kept
         assert len(service.recall.memory) == 0
+
+    run(scenario)
+
+
+# What people see
+
+
+def test_status_and_metrics_show_both_levels(tmp_path):
+    async def scenario():
+        config = Config(cache=CacheSettings(path=str(tmp_path / "answers.db"), max_bytes=2000))
+        async with Runtime.open(config) as runtime:
+            for question in ("turn the lights off", "turn the lights off", "play jazz", "book a flight"):
+                await runtime.ask(question)
+            seen = runtime.status()["cache"]
+            assert (seen["hits"], seen["misses"], seen["stale"], seen["evictions"]) == (1, 3, 0, 1)
+            assert (seen["entries"], seen["coalesced"]) == (2, 0)
+            assert 1400 <= seen["bytes"] <= 2000
+            disk = seen["disk"]
+            assert (disk["state"], disk["why_off"]) == ("on", None)
+            assert disk["lookup_us"] > 0
+            text = runtime.metrics().decode()
+            for line in (
+                "edge_cache_evictions_total 1.0",
+                "edge_cache_entries 2.0",
+                "edge_disk_cache_up 1.0",
+            ):
+                assert line in text
+            assert 'edge_disk_cache_events_total{event="found"} 0.0' in text
+            from edge_runtime.tables import print_status
+
+            print_status(runtime.status())
+        (tmp_path / "answers.db").write_bytes(b"no database at all" * 100)
+        async with Runtime.open(config) as runtime:
+            assert runtime.status()["cache"]["disk"]["state"] == "off"
+            assert "edge_disk_cache_up 0.0" in runtime.metrics().decode()
+            assert (await runtime.ask("play jazz")).origin is Origin.LOCAL
+        async with Runtime.open(
+            Config(cache=CacheSettings(enabled=False, path=str(tmp_path / "x")))
+        ) as runtime:
+            assert runtime.status()["cache"] is None
+            assert "edge_cache_bytes" not in runtime.metrics().decode()
+        assert not (tmp_path / "x").exists()
 
     run(scenario)
