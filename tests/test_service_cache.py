@@ -584,6 +584,21 @@ def test_what_comes_from_disk_dies_in_memory_when_it_would_have_on_disk():
     run(scenario)
 
 
+def test_a_find_on_disk_is_not_kept_anew(model):
+    async def scenario():
+        store, cloud = Memory(), Cloud(model)
+        await service_of(served(model), cloud, store).ask("x")
+        store.age_ns, store.kept = HOUR - 10**9, dict(store.kept)
+        before = dict(store.kept)
+        service = service_of(served(model), cloud, store)
+        assert (await service.ask("x")).origin is Origin.CACHE
+        (entry,) = service.recall.memory._eviction._entries.values()
+        assert entry.expires_ns <= time.monotonic_ns() + 10**9
+        assert store.kept == before
+
+    run(scenario)
+
+
 def test_private_answers_stay_off_the_disk(model):
     async def scenario():
         store = Memory()
