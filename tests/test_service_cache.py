@@ -1,6 +1,7 @@
 """The cache as callers meet it: who may share an answer, how long it lasts, and what happens in flight."""
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 
@@ -461,6 +462,29 @@ def test_a_leader_refused_for_its_own_deadline_leaves_the_others_theirs(model):
         assert results[0].kind is RefusalKind.LATE
         assert all(result.parameters["origin"] == "local" for result in results[1:])
         assert (rows(one), service._flights) == (1, {})
+
+    run(scenario)
+
+
+def test_a_leader_refused_while_it_waits_leaves_its_followers_theirs(model):
+    async def scenario():
+        logits = np.zeros(len(model.processor.labels), np.float32)
+        gate = threading.Event()
+        one = served(model, engine=FakeEngine(lambda row: (logits,), gate=gate))
+        service = service_of(one)
+        busy = asyncio.create_task(service.ask("busy"))
+        await turns()
+        soon = time.monotonic_ns() + 20 * 10**6
+        leader = asyncio.create_task(service.infer("commands", None, text(), deadline_ns=soon))
+        await turns()
+        followers = [asyncio.create_task(service.infer("commands", None, text())) for _ in range(2)]
+        with pytest.raises(Refused):
+            await leader
+        gate.set()
+        for follower in followers:
+            assert (await follower).parameters["origin"] == "local"
+        await busy
+        assert service._flights == {}
 
     run(scenario)
 
