@@ -41,7 +41,7 @@ class Windows:
         lane.linger.arrived(now_ns, opens=finds_idle)
         window_ns = self._policy.window_ns
         if window_ns is None:
-            window_ns = lane.linger.window_ns() if finds_idle else 0
+            window_ns = lane.linger.window_ns if finds_idle else 0
         lane.since_ns = now_ns
         lane.held_until_ns = now_ns + window_ns
 
@@ -49,8 +49,6 @@ class Windows:
         """When the lane may go, deadlines aside; `now_ns` or before: now. Nobody waits for a full batch."""
         policy = self._policy
         until_ns = lane.held_until_ns
-        if policy.window_ns is None and lane.waiting >= lane.linger.full_at:
-            until_ns = now_ns
         if policy.duty_target is not None:
             until_ns = max(until_ns, self._saved_up(now_ns, lane, speed, policy.duty_target))
         if until_ns <= now_ns or lane.staying or lane.waiting >= lane.costs.sizes[-1]:
