@@ -3,7 +3,7 @@
     python -m tools.fuse models/commands DATA.jsonl --split val --cloud models/commands-cloud
 
 Both bundles answer every row; the weight of the edge's log-probabilities is the one with most right answers, cross-
-validated, among the rows the edge would escalate. The bundle's signature ends with it: sign it again.
+validated. The bundle's signature ends with it: sign it again.
 """
 
 import argparse
@@ -50,17 +50,18 @@ def fit_weight(edge: NDArray[np.float32], cloud: NDArray[np.float32], truth: NDA
 
 
 def fit_fusion(
-    edge: Answers, cloud: Answers, truth: NDArray[np.int64], threshold: float, cloud_version: str
+    edge: Answers, cloud: Answers, truth: NDArray[np.int64], cloud_version: str
 ) -> FusionEntry:
-    """Weights over the rows below `threshold`, knots of the joined score over all rows."""
+    """Weights and the knots of the joined score, over all rows and not only those a threshold sends on.
+
+    A threshold may be moved, and 600 rows say too little: for the shipped bundles the weights came out as 0.23, 0.13,
+    0.08, 0.14 and 0.09 from the least sure 15, 20, 30, 40 and 100 % of the rows.
+    """
     if edge.scores is None or cloud.scores is None:
         raise EdgeRuntimeError("Only bundles that classify texts can be joined; these give no scores.")
-    asked = edge.confidence < threshold
-    if asked.sum() < LEAST_ROWS:
-        raise EdgeRuntimeError(
-            f"The edge would escalate {asked.sum()} of these rows; {LEAST_ROWS} are needed, so give more rows."
-        )
-    weight = fit_weight(edge.scores[asked], cloud.scores[asked], truth[asked])
+    if len(truth) < LEAST_ROWS:
+        raise EdgeRuntimeError(f"{len(truth)} rows are too few to fit a weight; give at least {LEAST_ROWS}.")
+    weight = fit_weight(edge.scores, cloud.scores, truth)
     pooled = pool(edge.scores, cloud.scores, weight, 1.0)
     knots = fit_knots(np.exp(pooled.max(1)).astype(np.float64), pooled.argmax(1) == truth)
     return FusionEntry(cloud_version, 1.0, weight, knots)
@@ -83,7 +84,7 @@ def fuse(bundle: Path, rows: list[LabelledText], cloud: str) -> dict[str, Any]:
     texts = [row.text for row in rows]
     truth = np.array([labels.index(row.label) for row in rows])
     edge, other = answers_of(f"{bundle}/", texts), answers_of(cloud, texts)
-    fusion = fit_fusion(edge, other, truth, calibration.accept_threshold, behind.manifest.version)
+    fusion = fit_fusion(edge, other, truth, behind.manifest.version)
     written = rewrite(
         loaded,
         bundle,
