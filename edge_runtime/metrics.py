@@ -70,6 +70,23 @@ def _models(service: Service) -> Iterable[Metric]:
         waiting.add_metric([info.name], service.waiting(info.name))
     yield batches
     yield waiting
+    yield from _troubles(service)
+
+
+def _troubles(service: Service) -> Iterable[Metric]:
+    refused = CounterMetricFamily("edge_refused_rows", "Rows the queue refused.", labels=["model", "kind"])
+    faults = CounterMetricFamily("edge_failed_batches", "Batches that failed.", labels=["model", "fault"])
+    replaced = CounterMetricFamily("edge_engines_replaced", "Engines that hung.", labels=["model"])
+    for info in service.models():
+        statistics = service.statistics(info.name)
+        for kind, count in statistics.refused.items():
+            refused.add_metric([info.name, kind], count)
+        for fault, count in statistics.faults.items():
+            faults.add_metric([info.name, fault], count)
+        replaced.add_metric([info.name], statistics.replaced)
+    yield refused
+    yield faults
+    yield replaced
 
 
 def _cache(service: Service) -> Iterable[Metric]:

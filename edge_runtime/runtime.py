@@ -133,6 +133,9 @@ class Runtime:
             "batches": statistics.executions,
             "mean_batch": round(infer.count / statistics.executions, 2) if statistics.executions else None,
             "waiting": self.service.waiting(info.name),
+            "refused": statistics.refused,
+            "failed_batches": statistics.faults,
+            "engines_replaced": statistics.replaced,
         }
 
 

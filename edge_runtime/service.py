@@ -5,13 +5,14 @@ import hashlib
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from msgspec.structs import replace
 
+from edge_runtime.core.batching import priority_of
 from edge_runtime.core.caching import TRAVEL_PARAMETERS, Cache, KeyPrefix
 from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel
-from edge_runtime.core.escalation import CloudUnavailable, LinkState, decide
+from edge_runtime.core.escalation import CloudUnavailable, decide, may_hand_over
 from edge_runtime.core.messages import (
     Answer,
     InferReply,
@@ -19,28 +20,18 @@ from edge_runtime.core.messages import (
     ModelInfo,
     ModelStatistics,
     Origin,
-    OutputRequest,
     Reason,
     Scalar,
     Signature,
     Tensor,
 )
 from edge_runtime.joining import Joining
-from edge_runtime.lane import Lane, Served, refusal
+from edge_runtime.lane import Lane, refusal
+from edge_runtime.offload import Cloud, cloud_answer
 from edge_runtime.outcome import Outcome
 from edge_runtime.processing import Processor
 from edge_runtime.recall import Recall, Store
-from edge_runtime.replies import build_reply, read_answers, requested_outputs
-
-
-class Cloud(Protocol):
-    """What the service needs of the uplink."""
-
-    def link_state(self) -> LinkState:
-        """The state of the way to the cloud, now."""
-
-    async def ask(self, model: str, request: InferRequest, *, deadline_ns: int) -> InferReply:
-        """Ask the cloud tier. Raises CloudUnavailable with the reason."""
+from edge_runtime.replies import build_reply, requested_outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +68,8 @@ class _Travel:
     is_private: bool
     wants_extras: bool
     deadline_ns: int
+    tenant: str
+    priority: int
 
     def trim(self, answer: Answer) -> Answer:
         """Without the outputs nobody asked for, which would fill the cache."""
@@ -228,7 +221,8 @@ class Service:
         wants_extras = bool(request.outputs) and any(
             spec.name in outputs for spec in served.info.signature.on_request
         )
-        return _Travel(prefix, is_private, wants_extras, deadline_ns)
+        priority = priority_of(request.parameters.get("priority"))
+        return _Travel(prefix, is_private, wants_extras, deadline_ns, tenant, priority)
 
     def _prefix(
         self, served: ServedModel, parameters: Mapping[str, Scalar], outputs: tuple[str, ...], tenant: str
@@ -323,7 +317,12 @@ class Service:
             recalled = await recall.from_disk(key, served.info.digest)
             if recalled is not None and recalled.is_fresh:
                 return recalled.outcome
-        edge = await served.lane.run_timed(row, deadline_ns=travel.deadline_ns)
+        try:
+            edge = await served.lane.run_timed(
+                row, deadline_ns=travel.deadline_ns, tenant=travel.tenant, priority=travel.priority
+            )
+        except Refused as refused:
+            return await self._hand_over(served, row, travel, refused)
         decision = decide(
             confidence=edge.answer.confidence,
             accept_threshold=served.info.accept_threshold,
@@ -340,44 +339,59 @@ class Service:
             if recalled is not None and recalled.is_fresh:
                 return replace(recalled.outcome, queue_ns=edge.queue_ns, infer_ns=edge.infer_ns)
         if decision.escalate and self._cloud is not None:
-            kept = await self._ask_cloud(self._cloud, served, row, travel, edge, kept)
+            kept = await self._escalate(self._cloud, served, row, travel, edge.answer, kept)
         if kept.is_degraded and key is not None and recall is not None:
             stale = recall.stale(key, recalled)
             if stale is not None:
                 return stale.as_stale(kept)
         return kept
 
-    async def _ask_cloud(
-        self, cloud: Cloud, served: ServedModel, row: bytes, travel: _Travel, edge: Served, kept: Outcome
+    async def _escalate(
+        self, cloud: Cloud, served: ServedModel, row: bytes, travel: _Travel, edge: Answer, kept: Outcome
     ) -> Outcome:
-        """The cloud's answer, joined with the edge's where both are fitted for it; else `kept` with the reason."""
+        """The cloud's outcome, or `kept` with the reason why there is none."""
         now_ns = time.monotonic_ns()
         deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
-        joining = served.joining
-        outputs = _every_output(served.info.signature) if travel.wants_extras or joining is not None else ()
-        question = InferRequest((Tensor("text", "BYTES", (1,), (row,)),), outputs=outputs)
         try:
-            reply = await cloud.ask(served.info.name, question, deadline_ns=deadline_ns)
-            if joining is not None and joining.cloud_version != reply.model_version:
-                joining = (
-                    None  # fitted for another cloud, whose labels may be others: its scores are not read
-                )
-            with_extras = travel.wants_extras or joining is not None
-            (answer,) = _read_cloud(served, reply, with_extras=with_extras)
-            if joining is not None:
-                answer = joining.join(edge.answer, answer)
+            answer, version = await cloud_answer(
+                cloud, served, row, edge, deadline_ns=deadline_ns, wants_extras=travel.wants_extras
+            )
         except CloudUnavailable as failure:
             return replace(kept, reason=failure.reason, cloud_ns=time.monotonic_ns() - now_ns)
         except (CloudError, InvalidRequest):
             return replace(kept, reason=Reason.CLOUD_FAILED, cloud_ns=time.monotonic_ns() - now_ns)
         if self.recall is not None:
-            self.recall.see_cloud(served.info.digest, reply.model_version)
+            self.recall.see_cloud(served.info.digest, version)
         return replace(
             kept,
             answer=travel.trim(answer),
             origin=Origin.CLOUD,
             cloud_ns=time.monotonic_ns() - now_ns,
-            cloud_version=reply.model_version,
+            cloud_version=version,
+        )
+
+    async def _hand_over(self, served: ServedModel, row: bytes, travel: _Travel, refused: Refused) -> Outcome:
+        """The cloud's outcome for a row the edge has no time or room for. Raises `refused` where there is none."""
+        now_ns = time.monotonic_ns()
+        cloud = self._cloud
+        if cloud is None or not may_hand_over(
+            refused.kind,
+            accept_threshold=served.info.accept_threshold,
+            link=cloud.link_state(),
+            is_private=travel.is_private,
+            remaining_ns=travel.deadline_ns - now_ns,
+        ):
+            raise refused
+        deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
+        try:
+            answer, version = await cloud_answer(
+                cloud, served, row, None, deadline_ns=deadline_ns, wants_extras=travel.wants_extras
+            )
+        except (CloudError, InvalidRequest):
+            raise refused from None
+        cloud_ns = time.monotonic_ns() - now_ns
+        return Outcome(
+            travel.trim(answer), Origin.CLOUD, Reason.OVERLOADED, cloud_ns=cloud_ns, cloud_version=version
         )
 
 
@@ -395,21 +409,6 @@ def _output_names(signature: Signature, request: InferRequest) -> tuple[str, ...
     """The outputs asked for, in the caller's order. Raises InvalidRequest."""
     wanted = requested_outputs(signature, request) if request.outputs else signature.outputs
     return tuple([output.name for output in wanted])
-
-
-def _every_output(signature: Signature) -> tuple[OutputRequest, ...]:
-    return tuple(
-        OutputRequest(spec.name, binary=spec.datatype != "BYTES")
-        for spec in (*signature.outputs, *signature.on_request)
-    )
-
-
-def _read_cloud(served: ServedModel, reply: InferReply, *, with_extras: bool) -> list[Answer]:
-    """The cloud's answer, believed only if it fits this device's own signature and labels (InvalidRequest)."""
-    answers = read_answers(served.info.signature, reply, 1, "confidence", with_extras=with_extras)
-    if served.labels is not None and any(answer.values[0] not in served.labels for answer in answers):
-        raise InvalidRequest("The cloud answered with a label this device does not know.")
-    return answers
 
 
 def _explain(outcomes: list[Outcome], total_ns: int) -> dict[str, Scalar]:

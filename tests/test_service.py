@@ -2,14 +2,15 @@
 
 import asyncio
 import random
+import threading
 
 import numpy as np
 import pytest
 
 from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.caching import Cache
-from edge_runtime.core.errors import EngineFailed, Refused
-from edge_runtime.core.escalation import LinkState
+from edge_runtime.core.errors import EngineFailed, InvalidRequest, RefusalKind, Refused
+from edge_runtime.core.escalation import CloudUnavailable, LinkState
 from edge_runtime.core.fusion import Pooling
 from edge_runtime.core.messages import Answer, InferReply, InferRequest, Origin, Reason, Tensor
 from edge_runtime.engines.fake import FakeEngine
@@ -237,6 +238,102 @@ def test_a_follower_out_of_time_is_refused_and_the_leader_is_not(model):
             await made.infer("commands", None, request, deadline_ns=1)
         cloud.gate.set()
         assert (await leader).origin is Origin.CLOUD
+        await lane.close()
+
+    run(scenario)
+
+
+def crowded(model, cloud, limits=None):
+    """A service whose engine runs one row until its gate opens, and whose queue is as `limits` say."""
+    gate = threading.Event()
+    engine = FakeEngine(lambda row: (np.zeros(len(model.processor.labels), np.float32),), gate=gate)
+    lane = Lane("commands", model.processor, engine, limits or QueueLimits(8, 1))
+    served = ServedModel(model.info, model.processor, lane, labels_of(model.processor))
+    made = Service(
+        {"commands": served}, cache=None, cloud=cloud, device_secret=b"s" * 32, timeout_s=10, cloud_timeout_s=10
+    )  # fmt: skip
+    return made, lane, engine, gate
+
+
+async def fill(made, engine, rows=1):
+    """One row runs, and `rows` wait."""
+    running = asyncio.create_task(made.ask("running"))
+    while not engine.entered.is_set():
+        await asyncio.sleep(0.001)
+    waiting = [asyncio.create_task(made.ask(f"waiting {i}")) for i in range(rows)]
+    await turns()
+    return [running, *waiting]
+
+
+def test_what_the_edge_has_no_room_for_is_answered_by_the_cloud(model):
+    async def scenario():
+        cloud = Cloud(model)
+        cloud.gate.set()
+        made, lane, engine, gate = crowded(model, cloud)
+        others = await fill(made, engine)
+        outcome = await made.ask("x")
+        assert (outcome.origin, outcome.reason) == (Origin.CLOUD, Reason.OVERLOADED)
+        assert outcome.answer.values[0] == model.processor.labels[1]
+        assert not outcome.is_degraded
+        with pytest.raises(Refused) as refused:
+            await made.ask("x", is_private=True)
+        assert refused.value.kind is RefusalKind.FULL
+        assert refused.value.retry_after_s > 0
+        gate.set()
+        await asyncio.gather(*others)
+        await lane.close()
+
+    run(scenario)
+
+
+class Broken(Cloud):
+    async def ask(self, model, request, *, deadline_ns):
+        raise CloudUnavailable(Reason.CLOUD_LATE, "no answer")
+
+
+def test_where_the_cloud_cannot_help_the_refusal_itself_is_told(model):
+    async def scenario():
+        made, lane, engine, gate = crowded(model, Broken(model))
+        others = await fill(made, engine)
+        with pytest.raises(Refused) as refused:
+            await made.ask("x")
+        assert refused.value.kind is RefusalKind.FULL
+        gate.set()
+        await asyncio.gather(*others)
+        await lane.close()
+
+    run(scenario)
+
+
+def test_a_quota_is_not_got_round_by_the_cloud(model):
+    async def scenario():
+        cloud = Cloud(model)
+        cloud.gate.set()
+        made, lane, engine, gate = crowded(model, cloud, QueueLimits(8, 9, tenant_max_waiting=1))
+        others = await fill(made, engine)
+        with pytest.raises(Refused) as refused:
+            await made.ask("x")
+        assert refused.value.kind is RefusalKind.QUOTA
+        assert lane.statistics.refused == {"quota": 1}
+        gate.set()
+        await asyncio.gather(*others)
+        assert cloud.asked == len(others), "their own unsure answers, and nothing else"
+        await lane.close()
+
+    run(scenario)
+
+
+def test_a_priority_is_read_and_travels_without_another_cache_entry(model):
+    async def scenario():
+        made, _engine, lane = service(model, sure=True)
+        for word, origin in (("high", "local"), (3, "cache"), (0, "cache")):
+            request = InferRequest((Tensor("text", "BYTES", (1,), (b"x",)),), parameters={"priority": word})
+            reply = await made.infer("commands", None, request)
+            assert reply.parameters["origin"] == origin
+        for word in ("urgent", 4, True):
+            request = InferRequest((Tensor("text", "BYTES", (1,), (b"x",)),), parameters={"priority": word})
+            with pytest.raises(InvalidRequest, match="priority"):
+                await made.infer("commands", None, request)
         await lane.close()
 
     run(scenario)

@@ -14,7 +14,7 @@ from edge_runtime.core.messages import Scalar
 
 _KEY_SCHEMA = b"er-cache-v2"  # change whenever the fields below change
 #: Request parameters which steer how a request travels and can never change what the answer is.
-TRAVEL_PARAMETERS = frozenset({"timeout", "deadline_ms", "cache"})
+TRAVEL_PARAMETERS = frozenset({"timeout", "deadline_ms", "cache", "priority"})
 
 Value = TypeVar("Value")
 

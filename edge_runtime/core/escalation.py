@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from edge_runtime.core.errors import CloudError
+from edge_runtime.core.errors import CloudError, RefusalKind
 from edge_runtime.core.messages import Reason
 
 
@@ -73,3 +73,25 @@ def decide(
     if remaining_ns is not None and link.reply_p95_ns >= remaining_ns:
         return Decision(False, Reason.TOO_LATE)
     return Decision(True, Reason.UNSURE)
+
+
+def may_hand_over(
+    kind: RefusalKind,
+    *,
+    accept_threshold: float | None,
+    link: LinkState,
+    is_private: bool,
+    remaining_ns: int,
+) -> bool:
+    """Whether the cloud may answer what the edge refused: for want of time or room, and where it can in time.
+
+    A quota is not got round by the cloud, and a runtime that shuts down starts nothing. Arguments as in `decide`.
+    """
+    return (
+        kind in {RefusalKind.FULL, RefusalKind.LATE}
+        and accept_threshold is not None
+        and not is_private
+        and link.is_connected
+        and not link.is_breaker_open
+        and link.reply_p95_ns < remaining_ns
+    )

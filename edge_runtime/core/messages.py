@@ -45,6 +45,7 @@ class Reason(StrEnum):
 
     CONFIDENT = "confident"  # the edge is sure enough
     UNSURE = "unsure"  # the edge was not sure, so the cloud answered
+    OVERLOADED = "overloaded"  # the edge had no time or room, so the cloud answered
     LOCAL_ONLY = "local_only"  # no cloud is configured, or the model has no confidence to judge by
     PRIVATE = "private"  # the caller forbade leaving the device
     TOO_LATE = "too_late"  # unsure, but the deadline leaves no time for the cloud
