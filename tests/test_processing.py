@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_runtime.core.errors import InvalidRequest, TooLarge, Unsupported
 from edge_runtime.core.messages import DTYPES, Signature, Tensor, TensorSpec
@@ -124,6 +126,19 @@ def test_text_length_is_capped():
     classifier().split([texts(b"x" * 4096)])
     with pytest.raises(TooLarge, match="4096"):
         classifier().split([texts(b"x" * 4097)])
+
+
+GRID = st.integers(0, 1000).map(lambda n: n / 1000)
+
+
+@given(st.lists(st.tuples(GRID, GRID), min_size=2, max_size=8, unique_by=lambda knot: knot[0]), GRID)
+def test_knots_are_joined_as_numpy_joins_them(knots, score):
+    scores, chances = zip(*sorted(knots), strict=True)
+    chances = tuple(sorted(chances))
+    calibration = Calibration(1.0, scores, chances)
+    for x in (score, *scores):
+        assert calibration.chance(x) == pytest.approx(np.interp(x, scores, chances), rel=1e-12, abs=1e-15)
+    assert np.isnan(calibration.chance(float("nan")))
 
 
 def test_decoding_is_calibrated():

@@ -14,7 +14,7 @@ from edge_runtime.core.errors import InvalidRequest, TooLarge
 from edge_runtime.core.messages import Tensor
 from edge_runtime.model import load_model
 from edge_runtime.processing.text_classification import Calibration
-from edge_runtime.processing.text_slots import TextSlots, best_path, spans_of
+from edge_runtime.processing.text_slots import TextSlots, best_path, chances_of, spans_of
 from edge_runtime.processing.words import WordFeaturiser, places_of, words_of
 
 WORDS = WordFeaturiser(features=8, buckets=1000, grams=(3, 4), lengths=(4, 8, 12))
@@ -157,6 +157,26 @@ def test_the_temperature_softens_intent_and_tags():
     at_two = processor(2.0).decode(output, b"oslo")
     assert at_two.confidence == pytest.approx(np.e / (np.e + 1) * np.e / (np.e + 4), rel=1e-5)
     assert json.loads(at_two.values[2])[0]["confidence"] == pytest.approx(np.e / (np.e + 4), abs=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.5, 79.0, 2e2, 1e30])
+@pytest.mark.parametrize("shift", [0.0, -1e4, 3e2])
+def test_chances_are_the_softmax_however_far_the_logits_lie(strength, shift):
+    logits = (tags(B_CITY, OUT, I_CITY) * np.float32(strength / 20)) + np.float32(shift)
+    shares = np.exp((logits.astype(float) - logits.max(1, keepdims=True)) / 0.7)
+    wanted = shares / shares.sum(1, keepdims=True)
+    path = [I_CITY, OUT, B_CITY]
+    assert chances_of(logits, path, 0.7) == pytest.approx(
+        wanted[range(3), path].tolist(), rel=1e-4, abs=1e-37
+    )
+
+
+def test_more_texts_than_are_kept_between_encoding_and_reading():
+    texts = [f"{'a ' * (i % 7)}oslo {i}" for i in range(200)]
+    for text in texts:
+        WORDS.encode(text)
+    for text in reversed(texts):
+        assert WORDS.places(text) == places_of(text, 12)
 
 
 def brute_force(logits):

@@ -55,13 +55,13 @@ def exact_of(
     scores, right, named, hits, sizes = [], [], 0, 0, 0
     for by_intent, by_tag, row in zip(*logits, rows, strict=True):
         truth = tags_of(row, slots, WORDS)
-        tags = by_tag[: len(truth)] / np.float32(temperature)
+        tags = by_tag[: len(truth)]
         path = best_path(tags)
         found, wanted = set(spans_of(path)), set(spans_of(truth))
         best = int(by_intent.argmax())
         scores.append(
-            chances_of(by_intent[None] / np.float32(temperature), [best])[0]
-            * math.prod(chances_of(tags, path))
+            chances_of(by_intent[None], [best], temperature)[0]
+            * math.prod(chances_of(tags, path, temperature))
         )
         named += intents[best] == row.label
         hits, sizes = hits + len(found & wanted), sizes + len(found) + len(wanted)

@@ -1,5 +1,6 @@
 """Commands to intents: one BYTES tensor of texts in, a label and a calibrated confidence for each out."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -56,7 +57,14 @@ class Calibration:
 
     def chance(self, score: float) -> float:
         """Return the probability of being right for a probability the model claims."""
-        return float(np.interp(score, self.scores, self.chances))
+        if score <= self.scores[0]:
+            return self.chances[0]
+        if score >= self.scores[-1]:
+            return self.chances[-1]
+        # As np.interp computes it, which takes eight times as long to turn the knots into arrays.
+        at = bisect_right(self.scores, score, 1, len(self.scores) - 1)
+        left, low = self.scores[at - 1], self.chances[at - 1]
+        return (self.chances[at] - low) / (self.scores[at] - left) * (score - left) + low
 
 
 def texts_of(inputs: Sequence[Tensor], max_text_bytes: int) -> list[bytes]:

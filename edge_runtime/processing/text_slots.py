@@ -1,7 +1,7 @@
 """Commands to intents with their slots: a text in, a label, the named values inside the text and a confidence out."""
 
-import math
 from collections.abc import Sequence
+from math import exp, prod
 from typing import Any
 
 import msgspec
@@ -22,6 +22,9 @@ SIGNATURE = Signature(
 )
 OUTSIDE = 0
 Reals = NDArray[np.floating[Any]]
+#: exp of it and of its negative is a normal number in FP32, and so are the sums of a thousand such.
+_REACH = 80.0
+_encode = msgspec.json.Encoder().encode
 
 
 class TextSlots:
@@ -94,12 +97,10 @@ class TextSlots:
         logits, tags = output
         text = row.decode("utf-8")
         places = self._featuriser.places(text)
-        temperature = np.float32(self._calibration.temperature)
-        scaled = tags[: len(places)] / temperature
-        path = best_path(scaled)
-        chances = chances_of(scaled, path)
-        best = int(logits.argmax())
-        score = 1.0 / float(np.exp((logits - logits[best]) / temperature).sum())
+        tags = tags[: len(places)]
+        path = best_path(tags)
+        temperature = self._calibration.temperature
+        chances = chances_of(tags, path, temperature)
         found = []
         for slot, first, end in spans_of(path):
             start, stop = places[first][0], places[end - 1][1]
@@ -109,22 +110,28 @@ class TextSlots:
                     "value": text[start:stop],
                     "start": start,
                     "end": stop,
-                    "confidence": round(math.prod(chances[first:end]), 4),
+                    "confidence": round(prod(chances[first:end]), 4),
                 }
             )
-        confidence = self._calibration.chance(score * math.prod(chances))
-        return Answer((self._labels[best], np.float32(confidence), msgspec.json.encode(found)), confidence)
+        of_intents = logits.tolist()
+        top = max(of_intents)
+        spread = sum([exp((logit - top) / temperature) for logit in of_intents])
+        confidence = self._calibration.chance(prod(chances) / spread)
+        label = self._labels[of_intents.index(top)]
+        return Answer((label, np.float32(confidence), _encode(found)), confidence)
 
 
-def chances_of(logits: Reals, path: Sequence[int]) -> list[float]:
-    """The softmax value of one choice in each row of `[n, choices] FP32`."""
-    if not path:
-        return []
-    top = logits[np.arange(len(path)), path]
-    # A path that obeys the order of tags may choose less than a row's largest value: the exponent is capped.
-    spread = np.exp(np.minimum(logits - top[:, None], 80.0))
-    chances: list[float] = (1.0 / spread.sum(1)).tolist()
-    return chances
+def chances_of(logits: Reals, path: Sequence[int], temperature: float) -> list[float]:
+    """The value of one choice in each row of the softmax of `[n, choices] FP32` at `temperature`."""
+    tops = [logits.item(at, top) for at, top in enumerate(logits.argmax(1).tolist())]
+    # Taking each row's largest value away is most of the time, and needed only where exp would leave FP32.
+    if any(not -_REACH < top / temperature < _REACH for top in tops):
+        logits = logits - np.array(tops, logits.dtype)[:, None]
+    shares = np.exp(logits * np.float32(1 / temperature))
+    totals = np.add.reduce(shares, 1).tolist()
+    return [
+        shares.item(at, choice) / total for at, (choice, total) in enumerate(zip(path, totals, strict=True))
+    ]
 
 
 def best_path(tags: Reals) -> list[int]:

@@ -5,8 +5,8 @@ itself, its shape and its character n-grams, each hashed into one table as `ngra
 """
 
 import re
-import struct
 import zlib
+from array import array
 from functools import lru_cache
 
 import numpy as np
@@ -16,14 +16,16 @@ from edge_runtime.core.messages import Row
 #: Splits "tobymac's" into three, so that a value never begins or ends inside a word.
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 #: As in `ngrams`: one multiplication spreads keys over the table.
-_SPREAD, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
+_SPREAD, _LOW = 0x9E3779B97F4A7C15, (1 << 64) - 1
 #: Tags above the 32 bits of a CRC and the 40 bits of the longest n-gram keep the kinds of keys apart.
 _EXACT, _SHAPE = 1 << 56, 2 << 56
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 #: What is looked at of a word: longer ones are no words, and would fill the memo.
 _LONGEST_WORD = 40
-#: Words whose keys are kept, about 300 bytes each: most words of a command have been seen lately.
+#: Words whose indices are kept, about 200 bytes each: most words of a command have been seen lately.
 _MEMO = 4096
+#: Texts whose places are kept from `encode` until their answers are read: more than a batch has.
+_TEXTS = 64
 
 
 def words_of(text: str, limit: int) -> list[str]:
@@ -56,28 +58,24 @@ class WordFeaturiser:
         self.buckets = buckets
         self.lengths = lengths
         self._grams = grams
-        self._scale = np.uint64(buckets)
-        self._pack = struct.Struct(f"={features}Q").pack
-        self._keys = lru_cache(_MEMO)(self._computed)
+        self._padding = array("i", [buckets] * features).tobytes()
+        self._indices = lru_cache(_MEMO)(self._computed)
+        self._places = lru_cache(_TEXTS)(places_of)
 
     def places(self, text: str) -> list[tuple[int, int]]:
-        """Return where the words lie that `encode` sees, in code points."""
-        return places_of(text, self.lengths[-1])
+        """Return where the words lie that `encode` sees, in code points. Not to be changed: it is kept."""
+        return self._places(text, self.lengths[-1])
 
     def encode(self, text: str) -> Row:
-        """Return the indices `[words, features] INT32` of one text; an empty text is all padding."""
-        words = words_of(text, self.lengths[-1])
-        length = next(length for length in self.lengths if len(words) <= length)
-        out = np.full((length, self.features), self.buckets, np.int32)
-        if words:
-            packed = b"".join([self._keys(word[:_LONGEST_WORD]) for word in words])
-            keys = np.frombuffer(packed, np.uint64).reshape(len(words), self.features)
-            spread = (keys * _SPREAD >> _HALF) * self._scale >> _HALF
-            np.copyto(out[: len(words)], spread, where=keys != 0, casting="unsafe")
-        return (out,)
+        """Return the indices `[words, features] INT32` of one text, read-only; an empty text is all padding."""
+        places = self.places(text)
+        length = next(length for length in self.lengths if len(places) <= length)
+        rows = [self._indices(text[start : min(end, start + _LONGEST_WORD)]) for start, end in places]
+        rows += [self._padding] * (length - len(places))
+        return (np.frombuffer(b"".join(rows), np.int32).reshape(length, self.features),)
 
     def _computed(self, word: str) -> bytes:
-        """The keys `[features] UINT64` of one word, as memory; 0 stands for none."""
+        """The indices `[features] INT32` of one word, as memory."""
         low = word.lower().encode("utf-8")
         line = b"<" + low.translate(_DIGITS) + b">"
         keys = [_EXACT | zlib.crc32(low), _SHAPE | _shape(word)]
@@ -85,7 +83,8 @@ class WordFeaturiser:
         for n in self._grams:
             keys += [read(line[i : i + n], "little") for i in range(len(line) - n + 1)]
         del keys[self.features :]
-        return self._pack(*keys, *[0] * (self.features - len(keys)))
+        indices = array("i", [((key * _SPREAD & _LOW) >> 32) * self.buckets >> 32 for key in keys])
+        return indices.tobytes() + self._padding[4 * len(keys) :]
 
 
 def _shape(word: str) -> int:
