@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TRAIN := .venv/.train
 
-.PHONY: help demo test soak fuzz check format bench models perf clean broker tflite litert
+.PHONY: help demo test soak guards fuzz check format bench models perf clean broker tflite litert
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -67,6 +67,9 @@ test: $(TRAIN) broker check tflite ## everything that must hold
 
 soak: $(READY) ## property tests of the core, fifty times as long as in test
 	@EDGE_RUNTIME_TESTS=soak $(BIN)/python -m pytest tests/core
+
+guards: $(READY) ## break each line that guards an invariant of the core, and see a test fail (some minutes)
+	@EDGE_RUNTIME_GUARDS=all $(BIN)/python -m pytest tests/test_guards.py
 
 fuzz: $(READY) .venv-litert/.ready ## 10,000 broken model files per format, every byte of a bundle flipped (half an hour)
 	@EDGE_RUNTIME_FUZZ=10000 EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_hostile_models.py -k broken_tflite

@@ -49,9 +49,7 @@ def fit_weight(edge: NDArray[np.float32], cloud: NDArray[np.float32], truth: NDA
     return round(float(np.mean(chosen)), 3)
 
 
-def fit_fusion(
-    edge: Answers, cloud: Answers, truth: NDArray[np.int64], cloud_version: str
-) -> FusionEntry:
+def fit_fusion(edge: Answers, cloud: Answers, truth: NDArray[np.int64], cloud_version: str) -> FusionEntry:
     """Weights and the knots of the joined score, over all rows and not only those a threshold sends on.
 
     A threshold may be moved, and 600 rows say too little: for the shipped bundles the weights came out as 0.23, 0.13,

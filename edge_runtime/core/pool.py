@@ -55,17 +55,14 @@ class EnginePool:
         chosen.free_at_ns = max(chosen.free_at_ns, now_ns) + predicted_ns
         self._refresh()
 
-    def end(self, engine: int) -> None:
-        """Note that one of its batches ended."""
+    def end(self, engine: int, ratio: float | None = None) -> None:
+        """Note that one of its batches ended; `ratio` is what it took against what was expected at speed 1."""
         chosen = self._engines[engine]
         chosen.running -= 1
+        if ratio is not None:
+            chosen.speed.observe(ratio * chosen.speed.factor)
         if not chosen.running:
             chosen.free_at_ns = 0.0
-        self._refresh()
-
-    def learn(self, engine: int, ratio: float) -> None:
-        """Take in what a batch took against what was expected of this engine at speed 1."""
-        self._engines[engine].speed.observe(ratio)
         self._refresh()
 
     def set_up(self, engine: int, *, is_up: bool) -> None:

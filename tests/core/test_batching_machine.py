@@ -209,7 +209,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=400, stateful_step_count=50, deadline=None, derandomize=True, print_blob=True
+    settings.default,  # `soak` and `guards` differ in more than the number of examples
+    max_examples=10 * settings.default.max_examples,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
 )
 TestScheduler = SchedulerMachine.TestCase
 
