@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BATCHING, QUEUEING, WINDOWS, POOL, LATENCY = (
-    f"edge_runtime/core/{name}.py" for name in ("batching", "queueing", "windows", "pool", "latency")
+BATCHING, QUEUEING, WINDOWS, POOL, LATENCY, QUOTAS = (
+    f"edge_runtime/core/{name}.py"
+    for name in ("batching", "queueing", "windows", "pool", "latency", "quotas")
 )
 CACHING, EVICTION = "edge_runtime/core/caching.py", "edge_runtime/core/eviction.py"
 SCHEDULER_TESTS = ("tests/core/test_batching.py", "tests/core/test_batching_machine.py")
@@ -34,8 +35,8 @@ SCHEDULER = [
     ("the queue is bounded", BATCHING, "len(waiting) >= limits.max_waiting", "False"),
     ("and in bytes", BATCHING, "self._waiting_bytes + size_bytes > limits.max_waiting_bytes", "False"),
     ("bytes leave with their request", BATCHING, "            self._waiting_bytes -= entry.size_bytes\n", ""),
-    ("a tenant has its part", BATCHING, ">= limits.tenant_max_waiting:", ">= 10**9:"),
-    ("a quota of time holds", BATCHING, "if ahead_ns > 0 else None", "if False else None"),
+    ("a tenant has its part", BATCHING, ">= most:", ">= 10**9:"),
+    ("a quota of time holds", QUOTAS, "if ahead_ns > 0 else 0", "if False else 0"),
     ("the late are refused on arrival", BATCHING, "if finish_ns <= deadline_ns:", "if True:"),
     (
         "the hopeless are dropped",
@@ -46,8 +47,8 @@ SCHEDULER = [
     (
         "no batch ends after a deadline",
         BATCHING,
-        "            actions = self._fit_deadlines(now_ns, lane, members, newcomers, speed)\n",
-        "            pass\n",
+        "fit.apply(members, newcomers,",
+        "fit.apply([], [],",
     ),
     (
         "nobody waits unseen",

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from edge_runtime.core.errors import InvalidRequest, RefusalKind
+from edge_runtime.core.fitting import Fit
+from edge_runtime.core.forecast import Forecast
 from edge_runtime.core.lanes import Lane
 from edge_runtime.core.messages import Ladder
 from edge_runtime.core.pool import EnginePool
 from edge_runtime.core.queueing import Entry, Level, Queue, Share
+from edge_runtime.core.quotas import EngineQuotas
 from edge_runtime.core.windows import Policy, Windows
 
 #: Priorities are 0 (first) to LEVELS - 1.
@@ -37,8 +40,6 @@ _LEAST_AGEING_NS = 1_000_000
 _PATIENCE_NS = _SECOND
 #: Predictions that nothing confirmed for so long refuse nobody: what they refuse could never correct them.
 _STALE_NS = _SECOND
-#: Lanes whose costs are remembered while nothing of theirs waits.
-_REMEMBERED_LANES = 64
 #: After a refusal for want of time the queue counts as overloaded for so many full batches.
 _OVERLOAD_BATCHES = 8
 
@@ -104,19 +105,16 @@ class Scheduler:
         self._limits = limits
         self._windows = Windows(policy or Policy())
         self._pool = EnginePool(engines)
-        self._ladder = ladder
         self._levels = [Level() for _ in range(LEVELS)]
-        self._lanes: dict[Hashable, Lane] = {}
+        self._forecast = Forecast(self._pool, limits.max_batch, ladder)
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
         self._batches: dict[int, _Batch] = {}
         self._next_batch_id = 0
         self._is_draining = False
-        self._has_quotas = limits.tenant_max_waiting is not None or limits.tenant_engine_share is not None
-        self._spent_until_ns: dict[str, float] = {}  # by tenant, under `tenant_engine_share`
-        self._row_ns = self._batch_ns = self._single_ns = (
-            0.0  # the dearest lane's, as fast as engines are now
-        )
+        share = limits.tenant_engine_share
+        self._quotas = None if share is None else EngineQuotas(share)
+        self._has_quotas = share is not None or limits.tenant_max_waiting is not None
         self._window_ends_ns: int | None = None
         self._late_bound_ns: float = float("inf")  # no deadline among those that wait is earlier
         self._overloaded_until_ns: float = 0.0
@@ -140,7 +138,7 @@ class Scheduler:
     @property
     def lanes(self) -> int:
         """How many lanes are remembered."""
-        return len(self._lanes)
+        return len(self._forecast.lanes)
 
     def speed(self, engine: int = 0) -> float:
         """How much longer than usual batches take on an engine just now."""
@@ -148,12 +146,11 @@ class Scheduler:
 
     def predicted_ns(self, lane: Hashable, rows: int, engine: int = 0) -> float:
         """How long a batch would take; 0 while nothing is known."""
-        known = self._lanes.get(lane) or Lane(lane, self._limits.max_batch, self._ladder)
-        return known.costs.mean(rows) * self._pool.speed_of(engine)
+        return self._forecast.costs(lane).mean(rows) * self._pool.speed_of(engine)
 
     def backlog_ns(self, now_ns: int) -> float:
         """How long it will take until what runs and waits is done."""
-        return self._pool.free_from(now_ns) - now_ns + self._waiting_ns()
+        return self._pool.free_from(now_ns) - now_ns + self._forecast.waiting_ns()
 
     def submit(
         self,
@@ -176,12 +173,11 @@ class Scheduler:
             return Refuse(request_id, RefusalKind.LATE)
         waiting, limits = self._waiting, self._limits
         if len(waiting) >= limits.max_waiting or self._waiting_bytes + size_bytes > limits.max_waiting_bytes:
-            return Refuse(request_id, RefusalKind.FULL, self._retry_after(now_ns))
+            return Refuse(request_id, RefusalKind.FULL, self._forecast.half_served_ns(now_ns))
         if self._has_quotas and (refused := self._over_quota(now_ns, request_id, tenant)):
             return refused
-        state = self._lanes.get(lane)
-        if state is None:
-            state = self._new_lane(lane)
+        forecast = self._forecast
+        state = forecast.lanes.get(lane) or forecast.new_lane(lane)
         queue = self._levels[priority].queue(tenant, state)
         key_ns = now_ns + _PATIENCE_NS if deadline_ns is None else deadline_ns
         at = queue.place(key_ns)
@@ -189,7 +185,7 @@ class Scheduler:
             # Most have time for everything that waits; only the others are looked at closely.
             busy_ns = self._pool.busy_until_ns
             left_ns = deadline_ns - (max(now_ns, busy_ns))
-            if left_ns < len(waiting) * self._row_ns + self._batch_ns and (
+            if left_ns < len(waiting) * forecast.row_ns + forecast.batch_ns and (
                 refused := self._too_late(now_ns, request_id, deadline_ns, queue, at, priority)
             ):
                 return refused
@@ -227,7 +223,7 @@ class Scheduler:
         actions: list[Action] = []
         self._window_ends_ns = None
         while self._waiting:
-            if self._late_bound_ns <= self._pool.free_from(now_ns) + self._single_ns:
+            if self._late_bound_ns <= self._pool.free_from(now_ns) + self._forecast.single_ns:
                 self._drop_late(now_ns, actions)
             if not self._pool.free or not self._waiting or self._is_held(now_ns):
                 break
@@ -248,13 +244,14 @@ class Scheduler:
         that need another step: they are in the lane's next batch, before any newcomer.
         """
         batch = self._batches.pop(batch_id)
+        batch.lane.running -= 1
         ratio = None
         if duration_ns is not None and duration_ns > 0:
             self._confirmed_ns = now_ns
             speed = self._pool.speed_of(batch.engine)
             ratio = batch.lane.costs.observe(len(batch.entries), duration_ns / speed)
         self._pool.end(batch.engine, ratio)
-        self._retune()
+        self._forecast.refresh()
         if staying:
             for entry in batch.entries:
                 if entry.id in staying:
@@ -279,14 +276,14 @@ class Scheduler:
     # Admission
 
     def _over_quota(self, now_ns: int, request_id: int, tenant: str) -> Refuse | None:
-        limits = self._limits
-        if limits.tenant_max_waiting is not None:
+        """Refuse what would be more than a tenant's part of the queue, or of the engine's time."""
+        most = self._limits.tenant_max_waiting
+        if most is not None:
             shares = [level.shares[tenant] for level in self._levels if tenant in level.shares]
-            if sum([share.waiting for share in shares]) >= limits.tenant_max_waiting:
-                return Refuse(request_id, RefusalKind.QUOTA, self._retry_after(now_ns))
-        # A leaky bucket that may be a second ahead (GCRA): one number for each tenant.
-        ahead_ns = self._spent_until_ns.get(tenant, 0.0) - now_ns - _SECOND
-        return Refuse(request_id, RefusalKind.QUOTA, int(ahead_ns) + 1) if ahead_ns > 0 else None
+            if sum([share.waiting for share in shares]) >= most:
+                return Refuse(request_id, RefusalKind.QUOTA, self._forecast.half_served_ns(now_ns))
+        ahead_ns = 0 if self._quotas is None else self._quotas.ahead_ns(now_ns, tenant)
+        return Refuse(request_id, RefusalKind.QUOTA, ahead_ns) if ahead_ns else None
 
     def _too_late(
         self, now_ns: int, request_id: int, deadline_ns: int, queue: Queue, at: int, priority: int
@@ -294,67 +291,18 @@ class Scheduler:
         """Refuse what is predicted to end after its deadline, behind all that is served before it."""
         if self._is_stale(now_ns):
             return None
-        lane, speed = queue.lane, self._pool.speed
-        ahead = self._rows_ahead(queue, at, priority)
-        # The last batch by its 99th percentile, the others by their means: their errors even out.
-        last = min(ahead, lane.split.most - 1) + 1
-        before_ns = max(lane.split.drain(ahead + 1) - lane.split.drain(last), 0.0) / len(self._pool)
-        finish_ns = self._pool.free_from(now_ns) + (before_ns + lane.costs.p99(last)) * speed
+        level = self._levels[priority]
+        above = sum([higher.waiting for higher in self._levels[:priority]])
+        finish_ns = self._forecast.finish_ns(now_ns, queue, at, level, above, len(self._waiting))
         if finish_ns <= deadline_ns:
             return None
-        self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._batch_ns
+        self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._forecast.batch_ns
         return Refuse(request_id, RefusalKind.LATE, int(finish_ns - deadline_ns) + 1)
-
-    def _rows_ahead(self, queue: Queue, at: int, priority: int) -> int:
-        """Rows served before place `at`: its own queue's, those of higher levels, and the other tenants' turns."""
-        level = self._levels[priority]
-        others = level.waiting - len(queue.keys)
-        # Each other tenant is served as often as this one meanwhile, and no more.
-        turns = max(len(level.shares) - (1 if queue.keys else 0), 0) * (at + 1)
-        foreign = sum([above.waiting for above in self._levels[:priority]]) + min(others, turns)
-        if len(self._lanes) > 1 and foreign:  # in rows of this lane's cost
-            mean_ns = self._waiting_ns() * len(self._pool) / self._pool.speed / len(self._waiting)
-            foreign = int(foreign * mean_ns / (queue.lane.split.per_row or 1.0))
-        return at + foreign
-
-    def _waiting_ns(self) -> float:
-        """Time to serve all that waits once an engine is free."""
-        rows_ns = sum([lane.waiting * lane.split.per_row for lane in self._lanes.values()])
-        return rows_ns * self._pool.speed / len(self._pool)
-
-    def _retry_after(self, now_ns: int) -> int | None:
-        """When half of what waits will have been served."""
-        half_ns = self._pool.free_from(now_ns) - now_ns + self._waiting_ns() / 2
-        return int(half_ns) + 1 if half_ns > 0 else None
 
     def _is_stale(self, now_ns: int) -> bool:
         return not self._batches and now_ns - self._confirmed_ns > _STALE_NS
 
     # What waits
-
-    def _new_lane(self, key: Hashable) -> Lane:
-        if len(self._lanes) >= _REMEMBERED_LANES:
-            running = {batch.lane.key for batch in self._batches.values()}
-            for old, lane in self._lanes.items():
-                if not lane.waiting and old not in running:
-                    del self._lanes[old]
-                    break
-        lane = self._lanes[key] = Lane(key, self._limits.max_batch, self._ladder)
-        self._retune()
-        return lane
-
-    def _retune(self) -> None:
-        speed = self._pool.speed
-        lanes = self._lanes.values()
-        if len(lanes) == 1:  # after every batch
-            (lane,) = lanes
-            self._row_ns = lane.split.per_row * speed / len(self._pool)
-            self._batch_ns = lane.costs.p99s[-1] * speed
-            self._single_ns = lane.costs.means[0] * speed
-            return
-        self._row_ns = max([lane.split.per_row for lane in lanes]) * speed / len(self._pool)
-        self._batch_ns = max([lane.costs.p99s[-1] for lane in lanes]) * speed
-        self._single_ns = max([lane.costs.means[0] for lane in lanes]) * speed
 
     def _requeue(self, now_ns: int, entry: Entry) -> None:
         """Let a request that was taken out wait again, at the place its deadline gives it."""
@@ -394,7 +342,7 @@ class Scheduler:
             actions.append(Refuse(entry.id, RefusalKind.LATE))
         self._late_bound_ns = bound_ns
         if late:
-            self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._batch_ns
+            self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._forecast.batch_ns
 
     # Forming batches
 
@@ -426,12 +374,12 @@ class Scheduler:
         queue = share.most_urgent()
         if queue.lane.version != queue.lane.costs.version:
             queue.lane.refresh()
-            self._retune()
+            self._forecast.refresh()
         return queue
 
     def _next_level(self, now_ns: int) -> Level:
         """The first level that waits, or a later one that has aged up to it."""
-        ageing_ns = max(_AGEING_BATCHES * self._batch_ns, _LEAST_AGEING_NS)
+        ageing_ns = max(_AGEING_BATCHES * self._forecast.batch_ns, _LEAST_AGEING_NS)
         ranks = [
             (max(rank - (now_ns - level.since_ns) // ageing_ns, 0), level.since_ns, rank)
             for rank, level in enumerate(self._levels)
@@ -473,12 +421,17 @@ class Scheduler:
         speed = pool.speed_of(index)
         actions: list[Action] = []
         if min([entry.key_ns for entry in members]) < now_ns + lane.costs.mean(len(members)) * speed:
-            actions = self._fit_deadlines(now_ns, lane, members, newcomers, speed)
+            fit = Fit(now_ns, lane, speed, is_stale=self._is_stale(now_ns))
+            late, back = fit.apply(members, newcomers, may_shrink=now_ns >= self._overloaded_until_ns)
+            actions = [Refuse(entry.id, RefusalKind.LATE) for entry in late]
+            for entry in back:
+                self._requeue(now_ns, entry)
             if not members:
                 return actions
         predicted_ns = lane.costs.mean(len(members)) * speed
         self._charge(now_ns, members, predicted_ns / len(members))
         pool.start(index, now_ns, predicted_ns)
+        lane.running += 1
         self._windows.spend(predicted_ns)
         batch_id = self._next_batch_id
         self._next_batch_id = batch_id + 1
@@ -486,41 +439,9 @@ class Scheduler:
         actions.append(Dispatch(batch_id, lane.key, tuple([entry.id for entry in members]), index))
         return actions
 
-    def _fit_deadlines(
-        self, now_ns: int, lane: Lane, members: list[Entry], newcomers: list[Entry], speed: float
-    ) -> list[Action]:
-        """Shrink a batch to what its earliest deadline allows; under overload refuse those who would shrink it.
-
-        Only newcomers are put back, never who stays. Smaller batches serve fewer rows per second, which only a
-        queue without overload can afford (early drop: Nexus, SOSP 2019).
-        """
-        actions: list[Action] = []
-        hasty = sorted([entry for entry in members if entry.has_deadline], key=_key_of)
-
-        def refuse_first() -> None:
-            actions.append(Refuse(hasty[0].id, RefusalKind.LATE))
-            members.remove(hasty.pop(0))
-
-        # An engine may be slower than the best one, by which the queue was judged.
-        while hasty and not self._is_stale(now_ns) and _is_late(now_ns, lane, 1, speed, hasty[0]):
-            refuse_first()
-        if now_ns >= self._overloaded_until_ns:
-            spare = sorted([entry for entry in newcomers if entry in members], key=_key_of)
-            while (
-                spare and len(members) > 1 and hasty and _is_late(now_ns, lane, len(members), speed, hasty[0])
-            ):
-                put_back = spare.pop()
-                members.remove(put_back)
-                hasty = [entry for entry in hasty if entry is not put_back]
-                self._requeue(now_ns, put_back)
-        while len(members) > 1 and hasty and _is_late(now_ns, lane, len(members), speed, hasty[0]):
-            refuse_first()
-        return actions
-
     def _charge(self, now_ns: int, members: Sequence[Entry], each_ns: float) -> None:
-        limit = self._limits.tenant_engine_share
-        if limit is not None:
-            self._spend_quota(now_ns, members, each_ns / limit)
+        if self._quotas is not None:
+            self._quotas.spend(now_ns, [entry.queue.share.tenant for entry in members], each_ns)
         if len(members) == 1:
             share = members[0].queue.share
             share.level.charge(share, each_ns)
@@ -532,14 +453,6 @@ class Scheduler:
         for share, count in counts.items():
             share.level.charge(share, count * each_ns)
 
-    def _spend_quota(self, now_ns: int, members: Sequence[Entry], each_ns: float) -> None:
-        spent = self._spent_until_ns
-        for entry in members:
-            tenant = entry.queue.share.tenant
-            spent[tenant] = max(spent.get(tenant, 0.0), now_ns) + each_ns
-        if len(spent) > 2 * len(self._waiting) + _REMEMBERED_LANES:
-            self._spent_until_ns = {tenant: until for tenant, until in spent.items() if until > now_ns}
-
 
 def priority_of(word: object) -> int:
     """The level of a request's parameter; None: NORMAL. Raises InvalidRequest."""
@@ -548,11 +461,3 @@ def priority_of(word: object) -> int:
     if isinstance(word, str | int) and not isinstance(word, bool) and word in _PRIORITIES:
         return _PRIORITIES[word]
     raise InvalidRequest('Parameter priority must be "high", "normal" or "low", or a number from 0 to 3.')
-
-
-def _key_of(entry: Entry) -> int:
-    return entry.key_ns
-
-
-def _is_late(now_ns: int, lane: Lane, rows: int, speed: float, entry: Entry) -> bool:
-    return now_ns + lane.costs.mean(rows) * speed > entry.key_ns

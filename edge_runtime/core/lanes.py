@@ -9,7 +9,7 @@ from edge_runtime.core.splitting import Split
 
 
 class Lane:
-    """State of one lane: costs, how they split, its window, how many wait, and who must be in its next step.
+    """State of one lane: costs, how they split, its window, how many rows wait, batches run, and who must be next.
 
     `since_ns` is when it last began to wait, `held_until_ns` when the window ends that began then.
     """
@@ -19,6 +19,7 @@ class Lane:
         "held_until_ns",
         "key",
         "linger",
+        "running",
         "since_ns",
         "split",
         "staying",
@@ -31,6 +32,7 @@ class Lane:
         self.costs = BatchCosts(max_batch, ladder)
         self.linger = Linger()
         self.waiting = 0
+        self.running = 0
         self.since_ns = 0
         self.held_until_ns = 0
         self.staying: set[int] = set()  # ids of those between two steps; they wait, too

@@ -77,6 +77,15 @@ def test_an_engine_that_is_down_gets_nothing_until_it_is_up():
     assert [batch.engine for batch in scheduler.poll(0)] == [0]
 
 
+def test_the_only_engine_that_is_down_gets_nothing_until_it_is_up():
+    scheduler = Scheduler(LIMITS)
+    scheduler.engine_down(0)
+    scheduler.submit(0, 1, "L")
+    assert scheduler.poll(0) == []
+    scheduler.engine_up(0)
+    assert ids(scheduler.poll(0)) == [(1,)]
+
+
 def test_a_cancelled_request_leaves_its_neighbours_alone():
     scheduler = Scheduler(LIMITS)
     for request_id in (1, 2, 3):

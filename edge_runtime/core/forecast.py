@@ -1,0 +1,86 @@
+"""When what waits will be done: the lanes with their costs, over the engines that serve them."""
+
+from collections.abc import Hashable
+
+from edge_runtime.core.lanes import Lane
+from edge_runtime.core.latency import BatchCosts
+from edge_runtime.core.messages import Ladder
+from edge_runtime.core.pool import EnginePool
+from edge_runtime.core.queueing import Level, Queue
+
+#: Lanes whose costs are remembered while nothing of theirs waits.
+_REMEMBERED = 64
+
+
+class Forecast:
+    """Predictions over all lanes, in nanoseconds.
+
+    `row_ns`, `batch_ns` and `single_ns` are those of the dearest lane, as fast as engines are now: a row in the
+    cheapest batch over all engines, the 99th percentile of a full batch, and a batch of one.
+    """
+
+    __slots__ = ("_ladder", "_max_batch", "_pool", "batch_ns", "lanes", "row_ns", "single_ns")
+
+    def __init__(self, pool: EnginePool, max_batch: int, ladder: Ladder) -> None:
+        self._pool, self._max_batch, self._ladder = pool, max_batch, ladder
+        self.lanes: dict[Hashable, Lane] = {}
+        self.row_ns = self.batch_ns = self.single_ns = 0.0
+
+    def new_lane(self, key: Hashable) -> Lane:
+        """Begin a lane, with the ladder's costs; one that has nothing waiting may be forgotten for it."""
+        if len(self.lanes) >= _REMEMBERED:
+            for old, lane in self.lanes.items():
+                if not lane.waiting and not lane.running:
+                    del self.lanes[old]
+                    break
+        lane = self.lanes[key] = Lane(key, self._max_batch, self._ladder)
+        self.refresh()
+        return lane
+
+    def costs(self, key: Hashable) -> BatchCosts:
+        """What batches of a lane cost, known or not."""
+        return (self.lanes.get(key) or Lane(key, self._max_batch, self._ladder)).costs
+
+    def refresh(self) -> None:
+        """Derive the dearest costs again: a batch has ended, or a lane begun."""
+        speed = self._pool.speed
+        lanes = self.lanes.values()
+        if len(lanes) == 1:  # after every batch of most models
+            (lane,) = lanes
+            self.row_ns = lane.split.per_row * speed / len(self._pool)
+            self.batch_ns = lane.costs.p99s[-1] * speed
+            self.single_ns = lane.costs.means[0] * speed
+            return
+        self.row_ns = max([lane.split.per_row for lane in lanes]) * speed / len(self._pool)
+        self.batch_ns = max([lane.costs.p99s[-1] for lane in lanes]) * speed
+        self.single_ns = max([lane.costs.means[0] for lane in lanes]) * speed
+
+    def waiting_ns(self) -> float:
+        """Time to serve all that waits once an engine is free."""
+        rows_ns = sum([lane.waiting * lane.split.per_row for lane in self.lanes.values()])
+        return rows_ns * self._pool.speed / len(self._pool)
+
+    def half_served_ns(self, now_ns: int) -> int | None:
+        """From now until half of what waits will have been served: when to try again. None: not known."""
+        half_ns = self._pool.free_from(now_ns) - now_ns + self.waiting_ns() / 2
+        return int(half_ns) + 1 if half_ns > 0 else None
+
+    def finish_ns(self, now_ns: int, queue: Queue, at: int, level: Level, above: int, waiting: int) -> float:
+        """When a request at place `at` of `queue` ends; `above` rows wait in higher levels, `waiting` in all."""
+        lane, engines = queue.lane, len(self._pool)
+        ahead = at + self._foreign_rows(queue, at, level, above, waiting)
+        # The last batch by its 99th percentile, the others by their means: their errors even out.
+        last = min(ahead, lane.split.most - 1) + 1
+        before_ns = max(lane.split.drain(ahead + 1) - lane.split.drain(last), 0.0) / engines
+        return self._pool.free_from(now_ns) + (before_ns + lane.costs.p99(last)) * self._pool.speed
+
+    def _foreign_rows(self, queue: Queue, at: int, level: Level, above: int, waiting: int) -> int:
+        """Rows of others served before: those of higher levels, and the turns of the level's other tenants."""
+        others = level.waiting - len(queue.keys)
+        # Each other tenant is served as often as this one meanwhile, and no more.
+        turns = max(len(level.shares) - (1 if queue.keys else 0), 0) * (at + 1)
+        foreign = above + min(others, turns)
+        if len(self.lanes) > 1 and foreign:  # in rows of this lane's cost
+            mean_ns = self.waiting_ns() * len(self._pool) / self._pool.speed / waiting
+            foreign = int(foreign * mean_ns / (queue.lane.split.per_row or 1.0))
+        return foreign
