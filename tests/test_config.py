@@ -5,6 +5,7 @@ import pytest
 from cloud_fallback.config import load_config as load_cloud
 from edge_runtime.config import Config, load_config
 from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.windows import policy_of
 
 
 def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):
@@ -28,6 +29,9 @@ def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):
         ("[server]\ntcp = 'nonsense'", ["[server] tcp", "HOST:PORT"]),
         ("models = []", ["models", "empty"]),
         ("x = = 1", ["not valid TOML"]),
+        ("[batch]\nwindow = 'fast'", ["[batch] window", "learned"]),
+        ("[batch]\nwindow = -1", ["[batch] window", ">= 0"]),
+        ("[batch]\nduty_target = 0", ["[batch] duty_target", "> 0"]),
         ("[escalation]\naccept = 2.0", ["[escalation] accept", "<= 1"]),
     ],
 )
@@ -50,3 +54,12 @@ def test_the_worker_speaks_the_same_way(tmp_path):
         load_cloud(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_cloud(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("word", "window_ns"), [('"learned"', None), ('"none"', 0), ("2", 2_000_000), ("0.5", 500_000)]
+)
+def test_a_window_is_a_word_or_milliseconds(tmp_path, word, window_ns):
+    path = tmp_path / "edge.toml"
+    path.write_text(f"[batch]\nwindow = {word}")
+    assert policy_of(load_config(path).batch.window).window_ns == window_ns

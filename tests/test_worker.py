@@ -3,9 +3,11 @@
 import asyncio
 import json
 import threading
+from contextlib import AsyncExitStack
 
 import pytest
 
+from cloud_fallback.cli import _load as load_models
 from cloud_fallback.config import CloudConfig
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.core.batching import QueueLimits
@@ -209,5 +211,19 @@ def test_two_workers_with_one_id_are_told_so(broker):
             await until(
                 lambda: any("same client id" in c.worker.connection.last_error for c in (first, second))
             )
+
+    run(scenario)
+
+
+def test_a_worker_with_two_instances_serves_tenants_and_priorities_on_both():
+    async def scenario():
+        async with AsyncExitStack() as stack:
+            config = CloudConfig(models=("commands",), instances=2, depth=2, window="none", record="off")
+            lane = (await load_models(config, stack, again=False))["commands"].lane
+            rows = [lane.run(b"turn the lights off", tenant="ab"[i % 2], priority=i % 3) for i in range(64)]
+            answers = await asyncio.gather(*rows)
+            assert {answer.values[0] for answer in answers} == {b"smart_home"}
+            assert len(lane._slots) == 2
+            assert lane.statistics.executions >= 2
 
     run(scenario)
