@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.core.batching import NORMAL, Dispatch, QueueLimits, Refuse, Scheduler
@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 #: A hop to a thread and back costs 70-230 microseconds (`python -m tools.bench_core hop`), so a batch of one
 #: that takes less is run where it is.
 INLINE_LIMIT_NS = 200_000
+
+#: Event loops round their timers up to this (epoll's time-out is in milliseconds, libuv's timers as well).
+_TICK_NS = 1_000_000
 
 _REFUSALS = {
     RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
@@ -110,7 +113,7 @@ class Lane:
                 limits.tenant_max_waiting,
                 limits.tenant_engine_share,
             ),
-            policy,
+            replace(policy or Policy(), tick_ns=_TICK_NS),
             engines=[depth] * len(each),
             ladder=ladder,
         )

@@ -103,10 +103,11 @@ class Scheduler:
     ) -> None:
         """`engines` are their depths; `ladder` is what batches were measured to cost, until lanes know better."""
         self._limits = limits
-        self._windows = Windows(policy or Policy())
+        policy = policy or Policy()
+        self._windows = Windows(policy)
         self._pool = EnginePool(engines)
         self._levels = [Level() for _ in range(LEVELS)]
-        self._forecast = Forecast(self._pool, limits.max_batch, ladder)
+        self._forecast = Forecast(self._pool, limits.max_batch, ladder, policy.tick_ns)
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
         self._batches: dict[int, _Batch] = {}
@@ -184,12 +185,13 @@ class Scheduler:
         if deadline_ns is not None:
             # Most have time for everything that waits; only the others are looked at closely.
             busy_ns = self._pool.busy_until_ns
-            left_ns = deadline_ns - (max(now_ns, busy_ns))
+            left_ns = deadline_ns - (busy_ns if busy_ns > now_ns else now_ns)
             if left_ns < len(waiting) * forecast.row_ns + forecast.batch_ns and (
                 refused := self._too_late(now_ns, request_id, deadline_ns, queue, at, priority)
             ):
                 return refused
-            self._late_bound_ns = min(self._late_bound_ns, deadline_ns)
+            if deadline_ns < self._late_bound_ns:
+                self._late_bound_ns = deadline_ns
         if state.waiting:
             state.linger.arrived(now_ns, opens=False)
         else:
@@ -366,7 +368,9 @@ class Scheduler:
 
     def _next_queue(self, now_ns: int) -> Queue:
         """Whose turn it is: level, then tenant, then its most urgent lane."""
-        level = self._levels[0]
+        for level in self._levels:
+            if level.waiting:
+                break
         if level.waiting < len(self._waiting):
             level = self._next_level(now_ns)
         level.since_ns = now_ns
@@ -412,7 +416,10 @@ class Scheduler:
         pool, lane = self._pool, queue.lane
         rows = lane.split.batch(lane.waiting)
         members = self._staying(lane) if lane.staying else []
-        newcomers = self._newcomers(queue, rows - len(members))
+        if lane.waiting == 1 and not members:
+            newcomers = queue.cut(1)
+        else:
+            newcomers = self._newcomers(queue, rows - len(members))
         members += newcomers
         for entry in members:
             del self._waiting[entry.id]
@@ -420,7 +427,9 @@ class Scheduler:
         index = pool.choose()
         speed = pool.speed_of(index)
         actions: list[Action] = []
-        if min([entry.key_ns for entry in members]) < now_ns + lane.costs.mean(len(members)) * speed:
+        predicted_ns = lane.costs.mean(len(members)) * speed
+        earliest_ns = members[0].key_ns if len(members) == 1 else min([entry.key_ns for entry in members])
+        if earliest_ns < now_ns + predicted_ns:
             fit = Fit(now_ns, lane, speed, is_stale=self._is_stale(now_ns))
             late, back = fit.apply(members, newcomers, may_shrink=now_ns >= self._overloaded_until_ns)
             actions = [Refuse(entry.id, RefusalKind.LATE) for entry in late]
@@ -428,7 +437,7 @@ class Scheduler:
                 self._requeue(now_ns, entry)
             if not members:
                 return actions
-        predicted_ns = lane.costs.mean(len(members)) * speed
+            predicted_ns = lane.costs.mean(len(members)) * speed
         self._charge(now_ns, members, predicted_ns / len(members))
         pool.start(index, now_ns, predicted_ns)
         lane.running += 1

@@ -19,9 +19,19 @@ class Forecast:
     cheapest batch over all engines, the 99th percentile of a full batch, and a batch of one.
     """
 
-    __slots__ = ("_ladder", "_max_batch", "_pool", "batch_ns", "lanes", "row_ns", "single_ns")
+    __slots__ = (
+        "_ladder",
+        "_least_window_ns",
+        "_max_batch",
+        "_pool",
+        "batch_ns",
+        "lanes",
+        "row_ns",
+        "single_ns",
+    )
 
-    def __init__(self, pool: EnginePool, max_batch: int, ladder: Ladder) -> None:
+    def __init__(self, pool: EnginePool, max_batch: int, ladder: Ladder, least_window_ns: int) -> None:
+        self._least_window_ns = least_window_ns
         self._pool, self._max_batch, self._ladder = pool, max_batch, ladder
         self.lanes: dict[Hashable, Lane] = {}
         self.row_ns = self.batch_ns = self.single_ns = 0.0
@@ -33,7 +43,7 @@ class Forecast:
                 if not lane.waiting and not lane.running:
                     del self.lanes[old]
                     break
-        lane = self.lanes[key] = Lane(key, self._max_batch, self._ladder)
+        lane = self.lanes[key] = Lane(key, self._max_batch, self._ladder, self._least_window_ns)
         self.refresh()
         return lane
 

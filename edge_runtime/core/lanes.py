@@ -27,10 +27,10 @@ class Lane:
         "waiting",
     )
 
-    def __init__(self, key: Hashable, max_batch: int, ladder: Ladder) -> None:
+    def __init__(self, key: Hashable, max_batch: int, ladder: Ladder, least_window_ns: int = 0) -> None:
         self.key = key
         self.costs = BatchCosts(max_batch, ladder)
-        self.linger = Linger()
+        self.linger = Linger(least_window_ns)
         self.waiting = 0
         self.running = 0
         self.since_ns = 0

@@ -84,7 +84,9 @@ class BatchCosts:
             weight = max(1 / (seen + 1), _MEAN_WEIGHT)
             # Clipped as Huber does: one hiccup must not stand for the next hundred batches.
             spread = 4 * self.deviations[at] + mean / 8
-            error = min(max(duration - mean, -spread), spread)
+            error = duration - mean
+            if abs(error) > spread:
+                error = spread if error > 0 else -spread
             self.means[at] = mean + weight * error
             self.deviations[at] += weight * (abs(error) - self.deviations[at])
             self._raise_or_lower(at, duration)

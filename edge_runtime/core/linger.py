@@ -29,9 +29,22 @@ class Linger:
     `window_ns` is how long to wait for company; 0: not at all.
     """
 
-    __slots__ = ("_began", "_came", "_gains", "_learned", "_probes", "_squares", "_windows", "window_ns")
+    __slots__ = (
+        "_began",
+        "_came",
+        "_gains",
+        "_learned",
+        "_least_ns",
+        "_lonely",
+        "_probes",
+        "_squares",
+        "_windows",
+        "window_ns",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, least_ns: int = 0) -> None:
+        """No window is shorter than `least_ns`: what the owner's timer can tell apart."""
+        self._least_ns = least_ns
         self._learned = (0.0, 0.0)
         self._windows: list[float] = []
         self._forget()
@@ -43,6 +56,7 @@ class Linger:
         self._gains = [0.0] * len(self._windows)
         self._squares = [0.0] * len(self._windows)
         self._probes = 0
+        self._lonely = 0  # probes in which nobody came, still to be counted
 
     def set_costs(self, fixed: float, marginal: float) -> None:
         """Say what batches cost now (a, c); what was learned is kept while they change little."""
@@ -50,7 +64,8 @@ class Linger:
         if abs(fixed - old_a) <= _DRIFT * old_a and abs(marginal - old_c) <= _DRIFT * max(old_c, fixed / 64):
             return
         self._learned = (fixed, marginal)
-        self._windows = [share * fixed for share in _SHARES if share * fixed < fixed - marginal]
+        windows = [share * fixed for share in _SHARES if share * fixed < fixed - marginal]
+        self._windows = [window for window in windows if window >= self._least_ns]
         self._forget()
 
     def arrived(self, now_ns: int, *, opens: bool) -> None:
@@ -68,6 +83,10 @@ class Linger:
     def _close(self) -> None:
         fixed, marginal = self._learned
         came, self._came, self._began = self._came, [], None
+        if not came and not self.window_ns and self._probes >= 1 / _WEIGHT:
+            self._lonely += 1  # the usual case of a quiet device: it can only tell against windows
+            return
+        self._catch_up()
         self._probes += 1
         weight = max(1 / self._probes, _WEIGHT)
         doubt = _CERTAINTY**2 * weight / (2 - weight)
@@ -83,3 +102,13 @@ class Linger:
                 certain = mean - (doubt * max(self._squares[i] - mean * mean, 0.0)) ** 0.5
                 if certain > best:
                     best, self.window_ns = certain, int(window)
+
+    def _catch_up(self) -> None:
+        """Count the lonely probes, each of which lost its window, all at once."""
+        if self._lonely:
+            kept = (1 - _WEIGHT) ** self._lonely
+            for i, window in enumerate(self._windows):
+                self._gains[i] = kept * self._gains[i] - (1 - kept) * window
+                self._squares[i] = kept * self._squares[i] + (1 - kept) * window * window
+            self._probes += self._lonely
+            self._lonely = 0

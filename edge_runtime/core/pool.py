@@ -38,7 +38,7 @@ class EnginePool:
 
     def free_from(self, now_ns: int) -> float:
         """When there is room, as far as can be told."""
-        return max(now_ns, self.busy_until_ns)
+        return self.busy_until_ns if self.busy_until_ns > now_ns else now_ns
 
     def choose(self) -> int:
         """An engine with room: the least busy, of those the fastest."""

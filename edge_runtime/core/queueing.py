@@ -136,7 +136,8 @@ class Level:
         """Whose turn it is: the tenant that had least of the engine; of equal ones, who waits longer."""
         shares = self.shares.values()
         share = next(iter(shares)) if len(shares) == 1 else min(shares, key=_virtual_ns)
-        self._clock_ns = max(self._clock_ns, share.virtual_ns)
+        if share.virtual_ns > self._clock_ns:
+            self._clock_ns = share.virtual_ns
         return share
 
     def in_turn(self, lane: Lane) -> list[Queue]:

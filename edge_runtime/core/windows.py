@@ -11,12 +11,14 @@ class Policy:
     """`window_ns`: None for learned, 0 for never, else counted from the arrival of the first of a lane.
 
     `duty_target` is the share of time that engines should run at most (None: they run whenever there is work);
-    for it requests wait as long as their deadlines allow, and `duty_wait_ns` at most.
+    for it requests wait as long as their deadlines allow, and `duty_wait_ns` at most. `tick_ns` is what the owner's
+    timer can tell apart: no shorter window is learned.
     """
 
     window_ns: int | None = None
     duty_target: float | None = None
     duty_wait_ns: int = 100_000_000
+    tick_ns: int = 0
 
 
 def policy_of(window: str | float, where: str = "window") -> Policy:
