@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from edge_runtime.core.errors import InvalidRequest, RefusalKind
 from edge_runtime.core.fitting import Fit
-from edge_runtime.core.forecast import Forecast
+from edge_runtime.core.forecast import Forecast, Place
 from edge_runtime.core.lanes import Lane
 from edge_runtime.core.messages import Ladder
 from edge_runtime.core.pool import EnginePool
@@ -293,13 +293,17 @@ class Scheduler:
         """Refuse what is predicted to end after its deadline, behind all that is served before it."""
         if self._is_stale(now_ns):
             return None
-        level = self._levels[priority]
         above = sum([higher.waiting for higher in self._levels[:priority]])
-        finish_ns = self._forecast.finish_ns(now_ns, queue, at, level, above, len(self._waiting))
+        is_overloaded = now_ns < self._overloaded_until_ns
+        place = Place(queue, self._levels[priority], above, len(self._waiting))
+        finish_ns = self._forecast.finish_ns(now_ns, place, at, is_overloaded=is_overloaded)
+        retry_ns: int | None = int(finish_ns - deadline_ns) + 1
         if finish_ns <= deadline_ns:
-            return None
+            if not is_overloaded or not self._forecast.displaces(now_ns, place, at):
+                return None
+            retry_ns = self._forecast.half_served_ns(now_ns)
         self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._forecast.batch_ns
-        return Refuse(request_id, RefusalKind.LATE, int(finish_ns - deadline_ns) + 1)
+        return Refuse(request_id, RefusalKind.LATE, retry_ns)
 
     def _is_stale(self, now_ns: int) -> bool:
         return not self._batches and now_ns - self._confirmed_ns > _STALE_NS
@@ -412,26 +416,42 @@ class Scheduler:
                     taken += queue.cut(min(each, rows - len(taken)))
         return taken
 
+    def _take(self, queue: Queue, rows: int) -> list[Entry]:
+        taken = self._newcomers(queue, rows)
+        self._leave(taken)
+        return taken
+
+    def _leave(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            del self._waiting[entry.id]
+            self._waiting_bytes -= entry.size_bytes
+
     def _dispatch(self, now_ns: int, queue: Queue) -> list[Action]:
         pool, lane = self._pool, queue.lane
         rows = lane.split.batch(lane.waiting)
+        lane.is_filling = lane.waiting >= lane.split.most
         members = self._staying(lane) if lane.staying else []
         if lane.waiting == 1 and not members:
             newcomers = queue.cut(1)
         else:
             newcomers = self._newcomers(queue, rows - len(members))
+        self._leave(newcomers)
+        self._leave(members)
         members += newcomers
-        for entry in members:
-            del self._waiting[entry.id]
-            self._waiting_bytes -= entry.size_bytes
         index = pool.choose()
         speed = pool.speed_of(index)
         actions: list[Action] = []
         predicted_ns = lane.costs.mean(len(members)) * speed
         earliest_ns = members[0].key_ns if len(members) == 1 else min([entry.key_ns for entry in members])
         if earliest_ns < now_ns + predicted_ns:
+            may_shrink = now_ns >= self._overloaded_until_ns
             fit = Fit(now_ns, lane, speed, is_stale=self._is_stale(now_ns))
-            late, back = fit.apply(members, newcomers, may_shrink=now_ns >= self._overloaded_until_ns)
+            late, back = fit.apply(members, newcomers, may_shrink=may_shrink)
+            # Others take the places of who is refused, else half of each batch runs empty at twice the load that can
+            # be served.
+            while late and not may_shrink and (others := self._take(queue, rows - len(members))):
+                members += others
+                late += fit.apply(members, others, may_shrink=False)[0]
             actions = [Refuse(entry.id, RefusalKind.LATE) for entry in late]
             for entry in back:
                 self._requeue(now_ns, entry)

@@ -1,6 +1,7 @@
 """When what waits will be done: the lanes with their costs, over the engines that serve them."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 from edge_runtime.core.lanes import Lane
 from edge_runtime.core.latency import BatchCosts
@@ -10,6 +11,16 @@ from edge_runtime.core.queueing import Level, Queue
 
 #: Lanes whose costs are remembered while nothing of theirs waits.
 _REMEMBERED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request is to wait; `above` rows wait in higher levels than its own, `waiting` in all."""
+
+    queue: Queue
+    level: Level
+    above: int
+    waiting: int
 
 
 class Forecast:
@@ -75,22 +86,43 @@ class Forecast:
         half_ns = self._pool.free_from(now_ns) - now_ns + self.waiting_ns() / 2
         return int(half_ns) + 1 if half_ns > 0 else None
 
-    def finish_ns(self, now_ns: int, queue: Queue, at: int, level: Level, above: int, waiting: int) -> float:
-        """When a request at place `at` of `queue` ends; `above` rows wait in higher levels, `waiting` in all."""
-        lane, engines = queue.lane, len(self._pool)
-        ahead = at + self._foreign_rows(queue, at, level, above, waiting)
-        # The last batch by its 99th percentile, the others by their means: their errors even out.
-        last = min(ahead, lane.split.most - 1) + 1
-        before_ns = max(lane.split.drain(ahead + 1) - lane.split.drain(last), 0.0) / engines
-        return self._pool.free_from(now_ns) + (before_ns + lane.costs.p99(last)) * self._pool.speed
+    def finish_ns(self, now_ns: int, place: Place, at: int, *, is_overloaded: bool) -> float:
+        """When a request at index `at` of its queue ends."""
+        lane = place.queue.lane
+        ahead = at + self._foreign_rows(place, at)
+        most = lane.split.most
+        # Under overload later ones fill its batch up, as they did the last one. Else the last batch by its 99th
+        # percentile, the others by their means: their errors even out.
+        if is_overloaded and (lane.is_filling or ahead >= most):
+            last, before_ns = most, ahead // most * most * lane.split.per_row
+        else:
+            last = min(ahead, most - 1) + 1
+            before_ns = max(lane.split.drain(ahead + 1) - lane.split.drain(last), 0.0)
+        own_ns = before_ns / len(self._pool) + lane.costs.p99(last)
+        return self._pool.free_from(now_ns) + own_ns * self._pool.speed
 
-    def _foreign_rows(self, queue: Queue, at: int, level: Level, above: int, waiting: int) -> int:
+    def displaces(self, now_ns: int, place: Place, at: int) -> bool:
+        """Whether one more at index `at` makes one late that was admitted before, with all batches full.
+
+        It would be whoever is the last of a batch now, and the first of the next one then.
+        """
+        queue, split = place.queue, place.queue.lane.split
+        own_ns, start_ns = queue.lane.costs.mean(split.most), self._pool.free_from(now_ns)
+        for last in range(at - at % split.most + split.most - 1, len(queue.keys), split.most):
+            rows = (last + 1 + self._foreign_rows(place, last + 1)) // split.most * split.most
+            finish_ns = start_ns + (rows * split.per_row / len(self._pool) + own_ns) * self._pool.speed
+            if queue.keys[last] < finish_ns and queue.entries[last].has_deadline:
+                return True
+        return False
+
+    def _foreign_rows(self, place: Place, at: int) -> int:
         """Rows of others served before: those of higher levels, and the turns of the level's other tenants."""
+        queue, level = place.queue, place.level
         others = level.waiting - len(queue.keys)
         # Each other tenant is served as often as this one meanwhile, and no more.
         turns = max(len(level.shares) - (1 if queue.keys else 0), 0) * (at + 1)
-        foreign = above + min(others, turns)
+        foreign = place.above + min(others, turns)
         if len(self.lanes) > 1 and foreign:  # in rows of this lane's cost
-            mean_ns = self.waiting_ns() * len(self._pool) / self._pool.speed / waiting
+            mean_ns = self.waiting_ns() * len(self._pool) / self._pool.speed / place.waiting
             foreign = int(foreign * mean_ns / (queue.lane.split.per_row or 1.0))
         return foreign

@@ -11,12 +11,14 @@ from edge_runtime.core.splitting import Split
 class Lane:
     """State of one lane: costs, how they split, its window, how many rows wait, batches run, and who must be next.
 
-    `since_ns` is when it last began to wait, `held_until_ns` when the window ends that began then.
+    `since_ns` is when it last began to wait, `held_until_ns` when the window ends that began then;
+    `is_filling`: its last batch was a full one.
     """
 
     __slots__ = (
         "costs",
         "held_until_ns",
+        "is_filling",
         "key",
         "linger",
         "running",
@@ -33,6 +35,7 @@ class Lane:
         self.linger = Linger(least_window_ns)
         self.waiting = 0
         self.running = 0
+        self.is_filling = False
         self.since_ns = 0
         self.held_until_ns = 0
         self.staying: set[int] = set()  # ids of those between two steps; they wait, too

@@ -211,6 +211,52 @@ def test_draining_refuses_the_new_and_serves_the_old():
     assert ids(scheduler.poll(0)) == [(1,)]
 
 
+def overloaded():
+    """A scheduler that just refused for want of time, with a full batch of 1.7 ms running from 0 on."""
+    scheduler = Scheduler(LIMITS, ladder=LADDER)
+    for request_id in range(8):
+        scheduler.submit(0, request_id, "L")
+    assert len(ids(scheduler.poll(0))[0]) == 8
+    assert scheduler.submit(0, 8, "L", deadline_ns=2 * MS).kind is RefusalKind.LATE
+    return scheduler
+
+
+def test_under_overload_others_take_the_places_of_who_would_shrink_a_batch():
+    scheduler = overloaded()
+    for request_id in range(10, 14):  # fit at first, and no more when the running batch ends late
+        assert scheduler.submit(0, request_id, "L", deadline_ns=int(4.5 * MS)) is None
+    for request_id in range(20, 30):
+        assert scheduler.submit(0, request_id, "L", deadline_ns=9 * MS) is None
+    scheduler.batch_done(3 * MS, 0, None)
+    actions = scheduler.poll(3 * MS)
+    assert refused(actions) == dict.fromkeys(range(10, 14), RefusalKind.LATE)
+    assert ids(actions) == [tuple(range(20, 28))]
+
+
+def test_under_overload_a_request_is_judged_by_the_full_batches_before_it():
+    scheduler = overloaded()
+    for request_id in range(10, 18):
+        assert scheduler.submit(0, request_id, "L", deadline_ns=int(5.5 * MS)) is None
+    # The ninth waits for what runs and for a full batch, and is in one: 3 * 1.7 ms, its own by the 99th percentile.
+    assert scheduler.submit(0, 30, "L", deadline_ns=int(5.6 * MS)).kind is RefusalKind.LATE
+    assert scheduler.submit(0, 31, "L", deadline_ns=int(5.8 * MS)) is None
+
+
+def test_under_overload_nobody_pushes_out_who_was_admitted():
+    scheduler = overloaded()
+    for request_id in range(10, 26):  # two full batches: the last of them ends at 5.1 ms, or by 5.74
+        assert scheduler.submit(0, request_id, "L", deadline_ns=6 * MS) is None
+    refusal = scheduler.submit(0, 30, "L", deadline_ns=5 * MS)  # itself in time
+    assert refusal.kind is RefusalKind.LATE
+    assert refusal.retry_after_ns > MS
+    assert scheduler.submit(0, 31, "L", deadline_ns=8 * MS) is None  # pushes nobody
+    calm = Scheduler(LIMITS, ladder=LADDER)
+    busy(calm)
+    for request_id in range(10, 26):
+        assert calm.submit(0, request_id, "L", deadline_ns=6 * MS) is None
+    assert calm.submit(0, 30, "L", deadline_ns=5 * MS) is None
+
+
 def test_a_fixed_window_is_waited_from_the_first_arrival_and_ends_early_when_full():
     scheduler = Scheduler(QueueLimits(max_batch=3), Policy(window_ns=2 * MS), ladder=LADDER[:2])
     scheduler.submit(0, 1, "L")
