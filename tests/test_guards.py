@@ -95,7 +95,7 @@ SCHEDULER = [
         "            pass\n",
     ),
     ("the lowest level ages", BATCHING, "(now_ns - level.since_ns) // ageing_ns", "0"),
-    ("the earliest deadline goes first", QUEUEING, "else bisect_right(keys, key_ns)", "else len(keys)"),
+    ("the earliest deadline goes first", BATCHING, "else bisect_right(keys, key_ns)", "else len(keys)"),
     (
         "a draining scheduler takes nothing",
         BATCHING,

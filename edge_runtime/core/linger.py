@@ -26,11 +26,10 @@ _MOST_COUNTED = 64  # arrivals of one probe
 class Linger:
     """Passive probes of one lane and the window they justify. Times in nanoseconds.
 
-    `window_ns` is how long to wait for company; 0: not at all.
+    `window_ns` is how long to wait for company; 0: not at all. `began_ns` is when the open probe began.
     """
 
     __slots__ = (
-        "_began",
         "_came",
         "_gains",
         "_learned",
@@ -39,6 +38,7 @@ class Linger:
         "_probes",
         "_squares",
         "_windows",
+        "began_ns",
         "window_ns",
     )
 
@@ -51,7 +51,7 @@ class Linger:
 
     def _forget(self) -> None:
         self.window_ns = 0
-        self._began: int | None = None
+        self.began_ns: int | None = None
         self._came: list[int] = []  # how long after the probe began
         self._gains = [0.0] * len(self._windows)
         self._squares = [0.0] * len(self._windows)
@@ -70,19 +70,19 @@ class Linger:
 
     def arrived(self, now_ns: int, *, opens: bool) -> None:
         """Count an arrival; `opens` says that it found the engine idle and nobody waiting."""
-        if self._began is not None:
-            passed = now_ns - self._began
+        if self.began_ns is not None:
+            passed = now_ns - self.began_ns
             if passed <= sum(self._learned):
                 if len(self._came) < _MOST_COUNTED:
                     self._came.append(passed)
                 return
             self._close()
         if opens and self._windows:
-            self._began = now_ns
+            self.began_ns = now_ns
 
     def _close(self) -> None:
         fixed, marginal = self._learned
-        came, self._came, self._began = self._came, [], None
+        came, self._came, self.began_ns = self._came, [], None
         if not came and not self.window_ns and self._probes >= 1 / _WEIGHT:
             self._lonely += 1  # the usual case of a quiet device: it can only tell against windows
             return

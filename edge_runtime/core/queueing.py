@@ -8,7 +8,7 @@ engine time as deficit round robin does, but needs no quantum and does not favou
 each batch and fills it again, as every caller with one request under way does.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -48,19 +48,15 @@ class Queue:
         self.keys: list[int] = []
         self.entries: list[Entry] = []
 
-    def place(self, key_ns: int) -> int:
-        """Where an entry of this key would go: how many of this queue are served before it."""
-        keys = self.keys
-        return len(keys) if not keys or key_ns >= keys[-1] else bisect_right(keys, key_ns)
-
     def insert(self, at: int, entry: Entry) -> None:
-        """Put `entry` at its place. The queue may be new or have been empty."""
-        if not self.keys:
-            self.share.level.attach(self)
-        self.keys.insert(at, entry.key_ns)
+        """Put `entry` at its place: behind those of smaller and equal keys. The queue may be new or have been empty."""
+        keys, level = self.keys, self.share.level
+        if not keys:
+            level.attach(self)
+        keys.insert(at, entry.key_ns)
         self.entries.insert(at, entry)
         self.lane.waiting += 1
-        self.share.level.waiting += 1
+        level.waiting += 1
 
     def remove(self, entry: Entry) -> None:
         """Take out an entry that is in it."""
