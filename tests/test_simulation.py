@@ -107,9 +107,10 @@ def test_the_same_seed_gives_the_same_figures_and_another_gives_others():
 # The scheduler
 
 
-def test_a_window_never_costs_more_than_it_gains(rows):
-    worst, where = report.worst_against_no_window(rows)
-    assert worst <= 0.03, where
+def test_it_never_answers_later_than_natural_batching(rows):
+    for other in (policies.NONE, policies.PLAIN):
+        worst, where = report.worst_against(rows, other)
+        assert worst <= 0.03, (other, where)
 
 
 def test_bursts_are_answered_sooner_with_a_window_where_it_can_pay(rows):
@@ -123,16 +124,16 @@ def test_a_fixed_window_is_beaten_wherever_load_is_low(rows):
     assert max(ratios.values()) < 1
 
 
-def test_at_twice_the_capacity_nothing_is_wasted_and_refusals_come_at_once(rows):
+def test_at_twice_the_capacity_nothing_is_wasted_and_refusals_come_at_once():
+    # So many that the onset, when nobody can know yet, is less than a hundredth.
+    rows = measures.measure(cases.overloads(), 4 * COUNT, seed=0, policies={policies.OURS})
     overloads = report.by_case(rows, "overload")
     assert len(overloads) == 7
     for name, case in overloads.items():
         ours = case[policies.OURS]
         assert ours.goodput >= 0.95, name
-        assert ours.late <= 0.001, name
-        if "half 10" in name:  # nine of ten are told at once
-            assert ours.told_p50_ms == 0, name
-        else:
+        assert ours.late <= (0.02 if "half as fast" in name else 0.001), name
+        if "half as fast" not in name:  # what was admitted before it slowed down cannot be known to be late
             assert not ours.told_p99_ms, name
 
 
@@ -145,15 +146,21 @@ def test_a_flood_costs_a_quiet_tenant_two_batches_at_most(rows):
             continue
         assert ours.quiet_refused == 0, name
         assert ours.goodput > 0.95, name
-        if "batches of 1," not in name:  # there it also waits for its own turns
+        if "batches of 1," in name:  # there its own requests wait for each other, too
+            assert ours.quiet_p99_ms <= 1.5 * ours.quiet_alone_ms, name
+        else:
             assert ours.quiet_p99_ms <= 1.01 * ours.bound_ms, name
     small = tenants["gpu 2 ms + 0.05 ms, batches of 8, one floods"][policies.OURS]
     assert small.quiet_p99_ms <= 1.2 * small.quiet_alone_ms
 
 
 def test_who_is_first_in_rank_waits_less(rows):
-    for case in report.by_case(rows, "priorities").values():
-        assert case[policies.OURS].high_p99_ms < 0.9 * case[policies.PLAIN].high_p99_ms
+    for name, case in report.by_case(rows, "priorities").items():
+        ours, plain = case[policies.OURS], case[policies.PLAIN]
+        assert ours.high_p99_ms <= plain.high_p99_ms, name
+        if "200" in name:  # at 90 % each batch takes all that waits, and there is nobody to go before
+            assert ours.high_p99_ms < 0.1 * plain.high_p99_ms
+            assert ours.high_p99_ms < 0.5 * ours.low_p99_ms
 
 
 def test_splitting_batches_pays_on_an_engine_that_pads(rows):

@@ -40,6 +40,8 @@ _LEAST_AGEING_NS = 1_000_000
 _PATIENCE_NS = _SECOND
 #: Predictions that nothing confirmed for so long refuse nobody: what they refuse could never correct them.
 _STALE_NS = _SECOND
+#: A tenant that had less than its part of the engine may catch up by so many full batches.
+_CREDIT_BATCHES = 2
 #: After a refusal for want of time the queue counts as overloaded for so many full batches.
 _OVERLOAD_BATCHES = 8
 
@@ -100,14 +102,20 @@ class Scheduler:
         *,
         engines: Sequence[int] = (1,),
         ladder: Ladder = (),
+        pads: bool = True,
     ) -> None:
-        """`engines` are their depths; `ladder` is what batches were measured to cost, until lanes know better."""
+        """`engines` are their depths; `ladder` is what batches were measured to cost, until lanes know better.
+
+        `pads`: engines pad a batch to the next power of two, as ours do, so the sizes between cost as much.
+        """
         self._limits = limits
         policy = policy or Policy()
         self._windows = Windows(policy)
         self._pool = EnginePool(engines)
         self._levels = [Level() for _ in range(LEVELS)]
-        self._forecast = Forecast(self._pool, limits.max_batch, ladder, policy.tick_ns)
+        self._forecast = Forecast(
+            self._pool, lambda key: Lane(key, limits.max_batch, ladder, policy.tick_ns, pads=pads)
+        )
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
         self._batches: dict[int, _Batch] = {}
@@ -383,6 +391,7 @@ class Scheduler:
         if level.waiting < len(self._waiting):
             level = self._next_level(now_ns)
         level.since_ns = now_ns
+        level.credit_ns = _CREDIT_BATCHES * self._forecast.batch_ns
         share = level.turn()
         queue = share.most_urgent()
         if queue.lane.version != queue.lane.costs.version:

@@ -1,11 +1,10 @@
 """When what waits will be done: the lanes with their costs, over the engines that serve them."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from edge_runtime.core.lanes import Lane
 from edge_runtime.core.latency import BatchCosts
-from edge_runtime.core.messages import Ladder
 from edge_runtime.core.pool import EnginePool
 from edge_runtime.core.queueing import Level, Queue
 
@@ -30,20 +29,11 @@ class Forecast:
     cheapest batch over all engines, the 99th percentile of a full batch, and a batch of one.
     """
 
-    __slots__ = (
-        "_ladder",
-        "_least_window_ns",
-        "_max_batch",
-        "_pool",
-        "batch_ns",
-        "lanes",
-        "row_ns",
-        "single_ns",
-    )
+    __slots__ = ("_make", "_pool", "batch_ns", "lanes", "row_ns", "single_ns")
 
-    def __init__(self, pool: EnginePool, max_batch: int, ladder: Ladder, least_window_ns: int) -> None:
-        self._least_window_ns = least_window_ns
-        self._pool, self._max_batch, self._ladder = pool, max_batch, ladder
+    def __init__(self, pool: EnginePool, make: Callable[[Hashable], Lane]) -> None:
+        """`make` begins a lane, with the costs that were measured before."""
+        self._pool, self._make = pool, make
         self.lanes: dict[Hashable, Lane] = {}
         self.row_ns = self.batch_ns = self.single_ns = 0.0
 
@@ -54,13 +44,13 @@ class Forecast:
                 if not lane.waiting and not lane.running:
                     del self.lanes[old]
                     break
-        lane = self.lanes[key] = Lane(key, self._max_batch, self._ladder, self._least_window_ns)
+        lane = self.lanes[key] = self._make(key)
         self.refresh()
         return lane
 
     def costs(self, key: Hashable) -> BatchCosts:
         """What batches of a lane cost, known or not."""
-        return (self.lanes.get(key) or Lane(key, self._max_batch, self._ladder)).costs
+        return (self.lanes.get(key) or self._make(key)).costs
 
     def refresh(self) -> None:
         """Derive the dearest costs again: a batch has ended, or a lane begun."""

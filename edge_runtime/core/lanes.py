@@ -29,9 +29,11 @@ class Lane:
         "waiting",
     )
 
-    def __init__(self, key: Hashable, max_batch: int, ladder: Ladder, least_window_ns: int = 0) -> None:
+    def __init__(
+        self, key: Hashable, max_batch: int, ladder: Ladder, least_window_ns: int = 0, *, pads: bool = True
+    ) -> None:
         self.key = key
-        self.costs = BatchCosts(max_batch, ladder)
+        self.costs = BatchCosts(max_batch, ladder, pads=pads)
         self.linger = Linger(least_window_ns)
         self.waiting = 0
         self.running = 0

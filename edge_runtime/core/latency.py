@@ -27,14 +27,14 @@ _DRIFT = 0.1
 class BatchCosts:
     """Mean and 99th percentile of one lane's batches at speed 1, by the ladder's sizes.
 
-    A batch of `rows` costs what the next larger size of the ladder costs, since engines pad up to it. Sizes never
+    A batch of `rows` costs what the next larger size of the ladder costs, where engines pad up to it. Sizes never
     seen are an affine function of those that were (t(b) = fixed + marginal * b, least squares).
     """
 
     __slots__ = ("_index", "_noted", "deviations", "means", "p99s", "seen", "sizes", "version")
 
-    def __init__(self, max_batch: int, prior: Ladder = ()) -> None:
-        self.sizes = ladder_sizes(max_batch)
+    def __init__(self, max_batch: int, prior: Ladder = (), *, pads: bool = True) -> None:
+        self.sizes = ladder_sizes(max_batch) if pads else tuple(range(1, max_batch + 1))
         self._index = [
             0,
             *(i for i, size in enumerate(self.sizes) for _ in range(size - _below(self.sizes, i))),

@@ -103,16 +103,21 @@ class Share:
 
 
 class Level:
-    """One priority and the tenants that wait in it. `since_ns`: when it last had a turn, or began to wait."""
+    """One priority and the tenants that wait in it. `since_ns`: when it last had a turn, or began to wait.
 
-    __slots__ = ("_ahead", "_clock_ns", "by_lane", "shares", "since_ns", "waiting")
+    `credit_ns` is how far behind the others a tenant may begin that had less of the engine than its part: a few requests
+    of a quiet one are then served in a row beside a flood, not in turns with it.
+    """
+
+    __slots__ = ("_ahead", "_clock_ns", "by_lane", "credit_ns", "shares", "since_ns", "waiting")
 
     def __init__(self) -> None:
         self.shares: dict[str, Share] = {}
         self.by_lane: dict[Lane, dict[Queue, None]] = {}
         self.waiting = 0
         self.since_ns = 0
-        self._clock_ns = 0.0  # virtual time of the last turn: where a newcomer begins
+        self.credit_ns = 0.0
+        self._clock_ns = 0.0  # virtual time of the last turn: a newcomer begins that far, less its credit
         self._ahead: OrderedDict[str, float] = OrderedDict()  # virtual time of tenants with nothing waiting
 
     def queue(self, tenant: str, lane: Lane) -> Queue:
@@ -147,14 +152,14 @@ class Level:
         if present is not None:
             present.virtual_ns += ns
         else:
-            self._remember(share.tenant, self._ahead.get(share.tenant, self._clock_ns) + ns)
+            self._remember(share.tenant, self._ahead.get(share.tenant, share.virtual_ns) + ns)
 
     def attach(self, queue: Queue) -> None:
         """Let a queue take part in the turns, before its first entry."""
         share = queue.share
         present = self.shares.get(share.tenant)
         if present is None:
-            share.virtual_ns = max(self._ahead.pop(share.tenant, 0.0), self._clock_ns)
+            share.virtual_ns = max(self._ahead.pop(share.tenant, 0.0), self._clock_ns - self.credit_ns)
             self.shares[share.tenant] = share
         elif present is not share:  # asked for before another queue of the tenant was attached
             queue.share = share = present
@@ -175,7 +180,7 @@ class Level:
 
     def _remember(self, tenant: str, virtual_ns: float) -> None:
         ahead = self._ahead
-        if virtual_ns > self._clock_ns:
+        if virtual_ns > self._clock_ns - self.credit_ns:
             ahead[tenant] = virtual_ns
             if len(ahead) > _REMEMBERED:
                 ahead.popitem(last=False)

@@ -95,10 +95,10 @@ def by_case(rows: Sequence[Measured], *groups: str) -> dict[str, dict[str, Measu
     return found
 
 
-def worst_against_no_window(rows: Sequence[Measured]) -> tuple[float, str]:
-    """The largest p50 of ours over that without a window, less 1, and where."""
+def worst_against(rows: Sequence[Measured], other: str) -> tuple[float, str]:
+    """The largest p50 of ours over that of another policy, less 1, and where."""
     cases = by_case(rows, "steady", "bursts", "changing")
-    return max((case[OURS].p50_ms / case[NONE].p50_ms - 1, name) for name, case in cases.items())
+    return max((case[OURS].p50_ms / case[other].p50_ms - 1, name) for name, case in cases.items())
 
 
 def least_gain_in_bursts(rows: Sequence[Measured]) -> tuple[float, str]:
@@ -123,7 +123,7 @@ def low_load_wins(rows: Sequence[Measured]) -> dict[str, float]:
 
 def figures(rows: Sequence[Measured]) -> str:
     """The figures to be reached, each with what came of it."""
-    worst, worst_at = worst_against_no_window(rows)
+    worst, worst_at = max(worst_against(rows, NONE), worst_against(rows, PLAIN))
     gain, gain_at = least_gain_in_bursts(rows)
     wins = low_load_wins(rows)
     lost = [name for name, ratio in wins.items() if ratio >= 1]
@@ -136,7 +136,11 @@ def figures(rows: Sequence[Measured]) -> str:
     }
     reached = [name for name, ratio in ratios.items() if ratio <= 1.2]
     lines = [
-        ("p50 over no window at most 3 %", worst <= 0.03, f"worst {100 * worst:+.1f} % ({worst_at})"),
+        (
+            "p50 over natural batching, plain or ours, at most 3 %",
+            worst <= 0.03,
+            f"worst {100 * worst:+.1f} % ({worst_at})",
+        ),
         (
             "p50 in bursts at least 15 % below no window, edge and gpu",
             gain >= 0.15,
