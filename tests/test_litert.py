@@ -270,7 +270,7 @@ def test_a_net_that_answers_otherwise_is_not_written(source, tmp_path, monkeypat
 
     def spoilt(model):
         weights = read_weights(model)
-        return replace(weights, norm=replace(weights.norm, scale=weights.norm.scale[::-1]))
+        return replace(weights, norm=replace(weights.norm, scale=-weights.norm.scale))
 
     monkeypatch.setattr(convert_tflite, "read_weights", spoilt)
     with pytest.raises(BundleError, match="another label"):
