@@ -131,6 +131,8 @@ def check_config(config: Config, where: str) -> None:
     if not config.models:
         raise ConfigError(f'{where}: models: the list is empty. Write models = ["commands"].')
     tcp_address(config, where)
+    if not config.cache.path:
+        raise ConfigError(f'{where}: [cache] path: the path is empty. Write path = "off" or path = "auto".')
     policy_of(config.batch.window, f"{where}: [batch] window")
     if config.cloud is not None:
         for key, value in (("tenant", config.cloud.tenant), ("device", config.cloud.device or "x")):

@@ -30,6 +30,9 @@ INLINE_LIMIT_NS = 200_000
 #: Event loops round their timers up to this (epoll's time-out is in milliseconds, libuv's timers as well).
 _TICK_NS = 1_000_000
 
+_RENEWAL_S = 1.0  # before the second try, and twice as long before each further one
+_RENEWALS = 8  # tries to load an engine for one that hangs, in some four minutes
+
 _REFUSALS = {
     RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
     RefusalKind.LATE: "The deadline leaves no time for the model; allow more time or retry later.",
@@ -327,7 +330,8 @@ class Lane:
         if batch.batch_id in slot.hung:  # it came back before it was replaced
             slot.hung.remove(batch.batch_id)
             self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
-            self._scheduler.engine_up(batch.engine)
+            if not slot.hung:
+                self._scheduler.engine_up(batch.engine)
         elif result is not None:
             self._finish(batch, *result)
         else:
@@ -348,12 +352,19 @@ class Lane:
             renewal.add_done_callback(self._renewals.discard)
 
     async def _replace(self, slot: _Slot, index: int, renew: "Callable[[], Engine | StepEngine]") -> None:
-        try:
-            engine = await asyncio.to_thread(renew)
-        except Exception as error:  # noqa: BLE001 - then the old engine serves again, should it ever return
-            _log.error("model=%s event=renewal_failed error=%r", self._name, error)
+        engine = None
+        for attempt in range(_RENEWALS):
+            try:
+                engine = await asyncio.to_thread(renew)
+                break
+            except Exception as error:  # noqa: BLE001 - the old engine serves again, should it ever return
+                _log.error("model=%s event=renewal_failed error=%r", self._name, error)
+            await asyncio.sleep(_RENEWAL_S * 2**attempt)
+            if not slot.hung:
+                return
+        if engine is None:
             return
-        if self._slots[index] is not slot or not slot.running:  # it came back meanwhile
+        if not slot.hung:  # it came back meanwhile
             engine.close()
             return
         _log.warning("model=%s event=engine_replaced", self._name)

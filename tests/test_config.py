@@ -29,6 +29,7 @@ def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):
         ("[server]\ntcp = 'nonsense'", ["[server] tcp", "HOST:PORT"]),
         ("models = []", ["models", "empty"]),
         ("x = = 1", ["not valid TOML"]),
+        ("[cache]\npath = ''", ["[cache] path", "off"]),
         ("[batch]\nwindow = 'fast'", ["[batch] window", "learned"]),
         ("[batch]\nwindow = -1", ["[batch] window", ">= 0"]),
         ("[batch]\nduty_target = 0", ["[batch] duty_target", "> 0"]),

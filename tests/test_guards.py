@@ -55,8 +55,8 @@ SCHEDULER = [
     (
         "nobody waits unseen",
         BATCHING,
-        "            self._late_bound_ns = min(self._late_bound_ns, deadline_ns)\n",
-        "",
+        "                self._late_bound_ns = deadline_ns\n",
+        "                pass\n",
     ),
     (
         "who waits again is seen",
@@ -64,12 +64,12 @@ SCHEDULER = [
         "            self._late_bound_ns = min(self._late_bound_ns, entry.key_ns)\n",
         "            pass\n",
     ),
-    ("predictions heal", BATCHING, "now_ns - self._confirmed_ns > _STALE_NS", "False"),
+    ("predictions heal", BATCHING, "now_ns - lane.confirmed_ns > _STALE_NS", "False"),
     (
         "an engine never idles beside other lanes",
         BATCHING,
-        "if lane.waiting < len(self._waiting):  #",
-        "if False:  #",
+        "if lane.waiting < len(self._waiting) and not self._windows.has_duty:",
+        "if False:",
     ),
     (
         "a window leaves time for the work",
@@ -77,7 +77,7 @@ SCHEDULER = [
         "        if slack_ns < until_ns:\n",
         "        if False:\n",
     ),
-    ("nobody waits for a full batch", WINDOWS, " or lane.waiting >= lane.costs.sizes[-1]", ""),
+    ("nobody waits for a full batch", WINDOWS, "now_ns if lane.waiting >= lane.costs.sizes[-1] else ", ""),
     ("members stay in their steps", BATCHING, "self._staying(lane) if lane.staying else []", "[]"),
     ("an engine takes its depth at most", POOL, "        chosen.running += 1\n", ""),
     ("an engine that is down gets nothing", POOL, "if one.is_up else 0", ""),
@@ -91,7 +91,7 @@ SCHEDULER = [
     (
         "turns are charged in engine time",
         QUEUEING,
-        "            share.virtual_ns = max(self._ahead.pop(share.tenant, 0.0), self._clock_ns)\n",
+        "            share.virtual_ns = max(self._ahead.pop(share.tenant, 0.0), self._clock_ns - self.credit_ns)\n",
         "            pass\n",
     ),
     ("the lowest level ages", BATCHING, "(now_ns - level.since_ns) // ageing_ns", "0"),

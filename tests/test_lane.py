@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from edge_runtime import lane as lane_module
 from edge_runtime.core.batching import QueueLimits
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
 from edge_runtime.core.messages import Answer
@@ -175,6 +176,61 @@ def test_an_engine_that_cannot_be_replaced_serves_again_when_it_returns():
         gate.set()
         assert (await waiting).values == (b"4",)
         assert lane.statistics.replaced == 0
+        await lane.close()
+
+    run(scenario)
+
+
+def test_an_engine_that_comes_back_while_another_is_loaded_is_kept_with_what_it_runs():
+    async def scenario():
+        gate, loading, loaded = threading.Event(), threading.Event(), threading.Event()
+        engine, other = Engine(gate=gate), Engine()
+
+        def renew():
+            loading.set()
+            assert loaded.wait(20)
+            return other
+
+        lane = Lane("m", Echo(), engine, hang_limit_s=0.05, renew=renew)
+        with pytest.raises(EngineFailed):
+            await lane.run(b"1")
+        lane._hang_limit_s = 20.0
+        await asyncio.to_thread(loading.wait, 20)
+        gate.set()
+        assert (await lane.run(b"2")).values == (b"4",)
+        gate.clear()
+        engine.entered.clear()
+        innocent = asyncio.create_task(lane.run(b"3"))
+        await entered(engine)
+        loaded.set()
+        while not other.closed:
+            await asyncio.sleep(0.001)
+        gate.set()
+        assert (await innocent).values == (b"6",)
+        assert lane.statistics.replaced == 0
+        await lane.close()
+
+    run(scenario)
+
+
+def test_a_renewal_that_fails_is_tried_again(monkeypatch):
+    async def scenario():
+        gate = threading.Event()
+        hung, fresh, tries = Engine(gate=gate), Engine(), []
+
+        def renew():
+            tries.append(1)
+            if len(tries) < 3:
+                raise OSError("not now")
+            return fresh
+
+        monkeypatch.setattr(lane_module, "_RENEWAL_S", 0.001)
+        lane = Lane("m", Echo(), hung, hang_limit_s=0.02, renew=renew)
+        with pytest.raises(EngineFailed):
+            await lane.run(b"1")
+        assert (await lane.run(b"2")).values == (b"4",)
+        assert len(tries) == 3
+        gate.set()
         await lane.close()
 
     run(scenario)

@@ -127,7 +127,6 @@ class Scheduler:
         self._window_ends_ns: int | None = None
         self._late_bound_ns: float = float("inf")  # no deadline among those that wait is earlier
         self._overloaded_until_ns: float = 0.0
-        self._confirmed_ns = 0  # when a prediction was last checked by a batch
 
     @property
     def waiting(self) -> int:
@@ -262,7 +261,7 @@ class Scheduler:
         batch.lane.running -= 1
         ratio = None
         if duration_ns is not None and duration_ns > 0:
-            self._confirmed_ns = now_ns
+            batch.lane.confirmed_ns = now_ns
             speed = self._pool.speed_of(batch.engine)
             ratio = batch.lane.costs.observe(len(batch.entries), duration_ns / speed)
         self._pool.end(batch.engine, ratio)
@@ -271,7 +270,7 @@ class Scheduler:
             for entry in batch.entries:
                 if entry.id in staying:
                     self._requeue(now_ns, entry)
-                    batch.lane.staying.add(entry.id)
+                    batch.lane.staying[entry.id] = None
 
     def engine_down(self, engine: int) -> None:
         """Dispatch nothing to this engine any more; what it runs must still be reported done."""
@@ -304,7 +303,7 @@ class Scheduler:
         self, now_ns: int, request_id: int, deadline_ns: int, queue: Queue, at: int, priority: int
     ) -> Refuse | None:
         """Refuse what is predicted to end after its deadline, behind all that is served before it."""
-        if self._is_stale(now_ns):
+        if _is_stale(now_ns, queue.lane):
             return None
         above = sum([higher.waiting for higher in self._levels[:priority]])
         is_overloaded = now_ns < self._overloaded_until_ns
@@ -317,9 +316,6 @@ class Scheduler:
             retry_ns = self._forecast.half_served_ns(now_ns)
         self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._forecast.batch_ns
         return Refuse(request_id, RefusalKind.LATE, retry_ns)
-
-    def _is_stale(self, now_ns: int) -> bool:
-        return not self._batches and now_ns - self._confirmed_ns > _STALE_NS
 
     # What waits
 
@@ -338,17 +334,17 @@ class Scheduler:
     def _remove(self, entry: Entry) -> None:
         del self._waiting[entry.id]
         self._waiting_bytes -= entry.size_bytes
-        entry.queue.lane.staying.discard(entry.id)
+        entry.queue.lane.staying.pop(entry.id, None)
         entry.queue.remove(entry)
 
     def _drop_late(self, now_ns: int, actions: list[Action]) -> None:
         """Refuse what cannot end in time even if it ran alone as soon as an engine is free."""
         start_ns = self._pool.free_from(now_ns)
-        speed = 0.0 if self._is_stale(now_ns) else self._pool.speed
         late: list[Entry] = []
         bound_ns = float("inf")
         for level in self._levels:
             for queue in level.queues():
+                speed = 0.0 if _is_stale(now_ns, queue.lane) else self._pool.speed
                 limit_ns = max(start_ns + queue.lane.costs.means[0] * speed, now_ns + 1)
                 for key_ns, entry in zip(queue.keys, queue.entries, strict=True):
                     if key_ns >= limit_ns:
@@ -368,8 +364,8 @@ class Scheduler:
     def _is_held(self, now_ns: int) -> bool:
         """Whether a window keeps the only lane that waits; if so `next_wakeup_ns` knows until when."""
         lane = next(iter(self._waiting.values())).queue.lane
-        if lane.waiting < len(self._waiting):  # a window is for engines that have nothing else to do
-            return False
+        if lane.waiting < len(self._waiting) and not self._windows.has_duty:
+            return False  # a window is for engines that have nothing else to do
         until_ns = self._windows.until(now_ns, lane, self._pool.speed)
         if until_ns <= now_ns:
             return False
@@ -411,8 +407,9 @@ class Scheduler:
 
     def _staying(self, lane: Lane) -> list[Entry]:
         """Take out those that must be in the lane's next step."""
-        stay = [self._waiting[request_id] for request_id in sorted(lane.staying)[: self._limits.max_batch]]
-        lane.staying.difference_update([entry.id for entry in stay])
+        stay = [self._waiting[request_id] for request_id in list(lane.staying)[: self._limits.max_batch]]
+        for entry in stay:
+            del lane.staying[entry.id]
         for entry in stay:
             entry.queue.remove(entry)
         return stay
@@ -459,7 +456,7 @@ class Scheduler:
         earliest_ns = members[0].key_ns if len(members) == 1 else min([entry.key_ns for entry in members])
         if earliest_ns < now_ns + predicted_ns:
             may_shrink = now_ns >= self._overloaded_until_ns
-            fit = Fit(now_ns, lane, speed, is_stale=self._is_stale(now_ns))
+            fit = Fit(now_ns, lane, speed, is_stale=_is_stale(now_ns, lane))
             late, back = fit.apply(members, newcomers, may_shrink=may_shrink)
             # Others take the places of who is refused, else half of each batch runs empty at twice the load that can
             # be served.
@@ -495,6 +492,10 @@ class Scheduler:
             counts[share] = counts.get(share, 0) + 1
         for share, count in counts.items():
             share.level.charge(share, count * each_ns)
+
+
+def _is_stale(now_ns: int, lane: Lane) -> bool:
+    return not lane.running and now_ns - lane.confirmed_ns > _STALE_NS
 
 
 def priority_of(word: object) -> int:

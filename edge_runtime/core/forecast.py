@@ -40,10 +40,9 @@ class Forecast:
     def new_lane(self, key: Hashable) -> Lane:
         """Begin a lane, with the ladder's costs; one that has nothing waiting may be forgotten for it."""
         if len(self.lanes) >= _REMEMBERED:
-            for old, lane in self.lanes.items():
-                if not lane.waiting and not lane.running:
-                    del self.lanes[old]
-                    break
+            idle = [lane for lane in self.lanes.values() if not lane.waiting and not lane.running]
+            if idle:
+                del self.lanes[min(idle, key=_last_used).key]
         lane = self.lanes[key] = self._make(key)
         self.refresh()
         return lane
@@ -116,3 +115,7 @@ class Forecast:
             mean_ns = self.waiting_ns() * len(self._pool) / self._pool.speed / place.waiting
             foreign = int(foreign * mean_ns / (queue.lane.split.per_row or 1.0))
         return foreign
+
+
+def _last_used(lane: Lane) -> int:
+    return lane.since_ns

@@ -16,6 +16,7 @@ class Lane:
     """
 
     __slots__ = (
+        "confirmed_ns",
         "costs",
         "held_until_ns",
         "is_filling",
@@ -37,10 +38,11 @@ class Lane:
         self.linger = Linger(least_window_ns)
         self.waiting = 0
         self.running = 0
+        self.confirmed_ns = 0  # when its costs were last checked by a batch
         self.is_filling = False
         self.since_ns = 0
         self.held_until_ns = 0
-        self.staying: set[int] = set()  # ids of those between two steps; they wait, too
+        self.staying: dict[int, None] = {}  # ids of those between two steps, longest first; they wait, too
         self.refresh()
 
     def refresh(self) -> None:

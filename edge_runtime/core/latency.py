@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from edge_runtime.core.messages import Ladder
 
-#: Observations that a figure of the warm-up sweep counts for; after that the first real ones weigh 1/5, 1/6, ...
-_PRIOR_WEIGHT = 4
+#: Observations that a figure of the warm-up sweep counts for; after that the first real ones weigh 1/3, 1/4, ...
+_PRIOR_WEIGHT = 2
 #: From so many observations on a size may say how fast the engine is; before, it learns what it costs itself.
 _TRUSTED_AFTER = 8
 #: Least weight of one observation in a size's mean: slow, since the speed factor follows what is quick.
@@ -82,12 +82,15 @@ class BatchCosts:
             self._guess_unseen()
         else:
             weight = max(1 / (seen + 1), _MEAN_WEIGHT)
-            # Clipped as Huber does: one hiccup must not stand for the next hundred batches.
-            spread = 4 * self.deviations[at] + mean / 8
+            # Clipped as Huber does: one hiccup must not stand for the next hundred batches. What the sweep said, of
+            # another shape or on a busy machine, may be wrong by more.
+            spread = 4 * self.deviations[at] + mean / 8 if seen >= _TRUSTED_AFTER else 3 * mean
             error = duration - mean
             if abs(error) > spread:
                 error = spread if error > 0 else -spread
             self.means[at] = mean + weight * error
+            # The quantile goes with the mean: by its own steps alone it would take a thousand batches to come down.
+            self.p99s[at] *= self.means[at] / mean
             self.deviations[at] += weight * (abs(error) - self.deviations[at])
             self._raise_or_lower(at, duration)
         if abs(self.means[at] - self._noted[at]) > _DRIFT * self._noted[at]:

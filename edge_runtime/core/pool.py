@@ -23,14 +23,15 @@ class EnginePool:
     `speed` the best factor; all three are kept at hand since every admission reads them.
     """
 
-    __slots__ = ("_engines", "busy_until_ns", "free", "speed")
+    __slots__ = ("_engines", "_up", "busy_until_ns", "free", "speed")
 
     def __init__(self, depths: Sequence[int]) -> None:
         self._engines = [_Engine(depth) for depth in depths]
         self._refresh()
 
     def __len__(self) -> int:
-        return len(self._engines)
+        """How many engines are up, and 1 where none is: what waits then waits for the first to come back."""
+        return self._up
 
     def speed_of(self, engine: int) -> float:
         """How much longer than usual batches take on one engine just now."""
@@ -77,11 +78,13 @@ class EnginePool:
         engines = self._engines
         if len(engines) == 1:  # nearly every edge device; this is on the way of every batch
             (one,) = engines
+            self._up = 1
             self.free = one.depth - one.running if one.is_up else 0
             self.busy_until_ns = 0.0 if self.free > 0 else one.free_at_ns
             self.speed = one.speed.factor
             return
         up = [engine for engine in engines if engine.is_up]
+        self._up = max(len(up), 1)
         self.free = sum(max(engine.depth - engine.running, 0) for engine in up)
         self.busy_until_ns = 0.0 if self.free else min((engine.free_at_ns for engine in up), default=0.0)
         self.speed = min((engine.speed.factor for engine in up), default=1.0)

@@ -38,6 +38,11 @@ class Windows:
         self._saved_ns = 0.0  # engine time saved up under `duty_target`
         self._saved_at_ns = 0
 
+    @property
+    def has_duty(self) -> bool:
+        """Whether requests are held for the engine's sake, however many lanes wait."""
+        return self._policy.duty_target is not None
+
     def began(self, now_ns: int, lane: Lane, *, finds_idle: bool) -> None:
         """The first request of a lane arrived; `finds_idle`: at a free engine, with nothing else waiting."""
         lane.linger.arrived(now_ns, opens=finds_idle)
@@ -48,13 +53,12 @@ class Windows:
         lane.held_until_ns = now_ns + window_ns
 
     def until(self, now_ns: int, lane: Lane, speed: float) -> int:
-        """When the lane may go, deadlines aside; `now_ns` or before: now. Nobody waits for a full batch."""
-        policy = self._policy
-        until_ns = lane.held_until_ns
-        if policy.duty_target is not None:
-            until_ns = max(until_ns, self._saved_up(now_ns, lane, speed, policy.duty_target))
-        if until_ns <= now_ns or lane.staying or lane.waiting >= lane.costs.sizes[-1]:
+        """When the lane may go, deadlines aside; `now_ns` or before: now. No window holds a full batch."""
+        if lane.staying:
             return now_ns
+        until_ns = now_ns if lane.waiting >= lane.costs.sizes[-1] else lane.held_until_ns
+        if self._policy.duty_target is not None:
+            until_ns = max(until_ns, self._saved_up(now_ns, lane, speed, self._policy.duty_target))
         return until_ns
 
     def spend(self, engine_ns: float) -> None:
@@ -67,9 +71,11 @@ class Windows:
         need_ns = costs.mean(min(lane.waiting, costs.sizes[-1])) * speed
         # For two full batches at most, or a quiet hour would pay for a busy one.
         most_ns = 2 * costs.means[-1] * speed
-        self._saved_ns = min(self._saved_ns + (now_ns - self._saved_at_ns) * target, most_ns)
+        # And no deeper in debt, or an hour of deadlines that left no choice would slow the next one.
+        saved_ns = max(self._saved_ns, -most_ns) + (now_ns - self._saved_at_ns) * target
+        self._saved_ns = min(saved_ns, most_ns)
         self._saved_at_ns = now_ns
         if self._saved_ns >= need_ns:
             return now_ns
-        saved_ns = now_ns + int((need_ns - self._saved_ns) / target) + 1
-        return min(saved_ns, lane.since_ns + self._policy.duty_wait_ns)
+        enough_ns = now_ns + int((need_ns - self._saved_ns) / target) + 1
+        return min(enough_ns, lane.since_ns + self._policy.duty_wait_ns)

@@ -187,8 +187,18 @@ def _check_counts(tensors: Sequence[_Tensor], outputs: Sequence[_Output], reques
         raise TooLarge(f"The id is longer than {LIMITS.id_bytes} characters.")
 
 
+#: Request parameters with a meaning here.
+_OURS = frozenset({"private", "cache", "timeout", "deadline_ms", "priority"})
+
+
 def _parameters(tree: dict[str, Any]) -> dict[str, Scalar]:
-    """Scalars only; other values are unknown to us and ignored, as the protocol asks."""
+    """Scalars only; other values are unknown to us and ignored, as the protocol asks, but under a name of ours.
+
+    A `private` that is not understood must not be read as if it were not there.
+    """
+    for name in tree.keys() & _OURS:
+        if not isinstance(tree[name], str | int | float | bool):
+            raise InvalidRequest(f"Parameter {name} must be a single value.")
     if len(tree) > LIMITS.parameters:
         raise TooLarge(f"More than {LIMITS.parameters} parameters.")
     known = {key: value for key, value in tree.items() if isinstance(value, str | int | float | bool)}

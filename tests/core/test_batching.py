@@ -58,12 +58,71 @@ def test_several_engines_take_several_batches_and_the_fastest_goes_first():
         scheduler.submit(0, request_id, "L")
     first = scheduler.poll(0)
     assert [(batch.engine, batch.ids) for batch in first] == [(0, (0, 1)), (1, (2, 3)), (1, (4, 5))]
-    for _ in range(12):  # engine 1 proves to be twice as slow
-        scheduler.batch_done(0, first[1].batch_id, 2 * MS)
-        first[1:2] = scheduler.poll(0) or first[1:2]
-        for request_id in range(100 * _ + 100, 100 * _ + 102):
-            scheduler.submit(0, request_id, "L")
-    assert scheduler.speed(1) > 1.2 > scheduler.speed(0)
+    for turn in range(60):  # engine 1 proves to be three times as slow
+        for batch in first:
+            scheduler.batch_done(0, batch.batch_id, MS if batch.engine == 0 else 3 * MS)
+        for i in range(6):
+            scheduler.submit(0, 100 + 6 * turn + i, "L")
+        first = scheduler.poll(0)
+    assert scheduler.speed(1) > 1.5 * scheduler.speed(0)
+    assert scheduler.predicted_ns("L", 2, 1) == pytest.approx(3 * MS, rel=0.3)
+
+
+def test_a_lane_with_a_wrong_cost_recovers_while_others_keep_the_engine_busy():
+    scheduler = Scheduler(QueueLimits(max_batch=1), ladder=((1, 100 * MS),))
+    now, admitted = 10_000 * MS, []
+    for request_id in range(0, 400, 2):
+        scheduler.submit(now, request_id, "long")
+        (batch,) = scheduler.poll(now)
+        now += 100 * MS
+        scheduler.batch_done(now, batch.batch_id, 100 * MS)
+        admitted.append(scheduler.submit(now, request_id + 1, "short", deadline_ns=now + 50 * MS) is None)
+        for batch in scheduler.poll(now):
+            now += 5 * MS
+            scheduler.batch_done(now, batch.batch_id, 5 * MS)
+    assert all(admitted[40:])
+
+
+def test_a_cost_that_was_measured_on_a_busy_machine_is_forgotten_within_twenty_batches():
+    scheduler = Scheduler(LIMITS, ladder=((1, 20 * MS), (8, 60 * MS)))
+    now = 10_000 * MS
+    for request_id in range(20):
+        scheduler.submit(now, request_id, "L")
+        (batch,) = scheduler.poll(now)
+        now += 5 * MS
+        scheduler.batch_done(now, batch.batch_id, 5 * MS)
+    assert scheduler.submit(now, 99, "L", deadline_ns=now + 12 * MS) is None
+
+
+def test_members_that_stay_take_turns_where_there_are_more_than_a_batch():
+    scheduler = Scheduler(QueueLimits(max_batch=2), engines=(1, 1))
+    for request_id in range(4):
+        scheduler.submit(0, request_id, "L")
+    batches, steps = scheduler.poll(0), dict.fromkeys(range(4), 0)
+    scheduler.engine_down(1)
+    for now in range(1, 41):
+        for batch in batches:
+            for request_id in batch.ids:
+                steps[request_id] += 1
+            scheduler.batch_done(now, batch.batch_id, 1, staying=set(batch.ids))
+        batches = scheduler.poll(now)
+    assert min(steps.values()) >= 19
+
+
+def test_duty_is_kept_down_however_many_lanes_wait():
+    policy = Policy(window_ns=0, duty_target=0.1, duty_wait_ns=10_000 * MS)
+    scheduler = Scheduler(LIMITS, policy, ladder=LADDER)
+    ran, now = 0, 0
+    for step in range(2000):
+        now = step * MS
+        if step % 20 == 0:
+            for lane in range(3):
+                scheduler.submit(now, 3 * step + lane, lane)
+        for batch in scheduler.poll(now):
+            if isinstance(batch, Dispatch):
+                ran += int((0.9 + 0.1 * len(batch.ids)) * MS)
+                scheduler.batch_done(now, batch.batch_id, int((0.9 + 0.1 * len(batch.ids)) * MS))
+    assert 0.05 < ran / now < 0.13
 
 
 def test_an_engine_that_is_down_gets_nothing_until_it_is_up():

@@ -115,12 +115,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             for rows in range(1, MAX_BATCH + 1)
             for engine in range(len(self.depths))
         }
-        is_fresh = bool(self.running)  # something running confirms the predictions
+        fresh = {lane for _, members in self.running.values() for lane in [next(iter(members.values())).lane]}
         for action in self.both(lambda s: s.poll(self.now)):
             if isinstance(action, Refuse):
                 self.dropped(action)
             else:
-                self.dispatched(action, predicted, is_fresh)
+                self.dispatched(action, predicted, action.lane in fresh)
         self.settled()
 
     def dropped(self, action):
@@ -166,8 +166,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert has_window, "an engine never idles beside work"
             assert wakeup is not None
             assert wakeup > self.now
-            assert len({m.lane for m in self.waiting.values()}) == 1
-            assert len(self.waiting) < MAX_BATCH, "nobody waits for a full batch"
+            if self.policy.duty_target is None:
+                assert len({m.lane for m in self.waiting.values()}) == 1
+                assert len(self.waiting) < MAX_BATCH, "nobody waits for a full batch"
         assert all(m.deadline is None or m.deadline > self.now for m in self.waiting.values()), (
             "the late are told"
         )

@@ -184,3 +184,13 @@ def test_half_floats_are_not_written_where_nobody_may_read_them():
 def test_unknown_fields_are_ignored():
     tree = json.loads(GOOD) | {"future": {"a": [1]}}
     assert wire.decode_request(json.dumps(tree).encode(), None).id == "a"
+
+
+@pytest.mark.parametrize("value", [[True], {"a": 1}, None])
+def test_a_parameter_of_ours_that_is_not_understood_is_never_read_as_if_it_were_not_there(value):
+    text = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["x"]}
+    body = {"inputs": [text], "parameters": {"private": value, "theirs": value}}
+    with pytest.raises(InvalidRequest, match="private"):
+        wire.decode_request(json.dumps(body).encode(), None)
+    del body["parameters"]["private"]
+    assert wire.decode_request(json.dumps(body).encode(), None).parameters == {}
