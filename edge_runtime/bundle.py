@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,11 @@ def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the folder of a bundle.
 
     A bare name is looked up among the bundles of the installed package, then in the `models/` of a source
-    checkout; anything with a path separator is a path and used as it is. Raises BundleError if absent.
+    checkout. Text with a path separator is a path, and so is each `Path`, even one of a single level: it was found
+    before, and must not be taken for a name. Raises BundleError if absent.
     """
     given = os.fspath(name_or_path)
-    if os.sep in given:
+    if os.sep in given or isinstance(name_or_path, Path):
         path = Path(given)
         if not path.is_dir():
             raise BundleError(f"bundle {path.name!r}: no such folder; give the folder that holds {MANIFEST}")
@@ -104,11 +106,18 @@ def write_bundle(
     `fields` are the manifest's fields without `format` and `files`, which are computed. Raises BundleError
     if the result would be refused by `load_bundle`.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        return _write_bundle(path, fresh, fields, files)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_bundle(path: Path, fresh: Path, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> Bundle:
+    fresh.chmod(0o755)  # a temporary folder is its owner's alone
     entries = []
-    fresh = path.with_name(f"{path.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
     for name, plain in sorted(files.items()):
         # Level 19 looks for matches of three bytes, which costs quantised weights 3 to 7 % against level 16.
         stored = min((compress(plain, level) for level in (16, 19)), key=len)
@@ -119,8 +128,11 @@ def write_bundle(
     manifest = {"format": FORMAT, **fields, "files": entries}
     (fresh / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
     load_bundle(fresh)
-    shutil.rmtree(path, ignore_errors=True)
+    former = fresh.with_name(f"{fresh.name}.old")
+    if path.exists():
+        path.rename(former)
     fresh.rename(path)
+    shutil.rmtree(former, ignore_errors=True)
     return load_bundle(path)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
 from pathlib import Path
@@ -354,3 +355,25 @@ def test_manifest_is_for_people(folder):
     text = (folder / MANIFEST).read_text()
     assert text.count("\n") > 20
     assert msgspec.json.decode(text)["files"][0]["name"] == "model.onnx"
+
+
+def test_a_path_of_one_level_is_never_taken_for_a_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "commands")  # as a shipped bundle is named
+    found = find_bundle("./commands")
+    assert found == Path("commands")
+    assert find_bundle(found).resolve() == tmp_path / "commands"
+
+
+def test_writing_touches_nothing_beside_and_follows_a_link(folder, tmp_path):
+    bundle = load_bundle(folder)
+    fields = {k: v for k, v in msgspec.to_builtins(bundle.manifest).items() if k not in ("format", "files")}
+    beside = tmp_path / "mine.new"
+    beside.mkdir()
+    (beside / "file.txt").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for out in (tmp_path / "mine", tmp_path / "mine", tmp_path / "link"):
+        assert write_bundle(out, fields, bundle.files).digest
+    assert (beside / "file.txt").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir() if path != folder) == ["link", "mine", "mine.new"]
+    assert (tmp_path / "link").is_symlink()

@@ -70,6 +70,8 @@ def joined(bundle: str, edge: Answers, cloud_bundle: str, cloud: Answers) -> Ans
     version = load_bundle(find_bundle(cloud_bundle)).manifest.version
     if fusion is None or fusion.cloud_version != version or edge.scores is None or cloud.scores is None:
         return cloud
+    if labels_of(loaded) != labels_of(load_bundle(find_bundle(cloud_bundle))):
+        raise EdgeRuntimeError("The two bundles have different labels; give the cloud's of the same task.")
     pooled = pool(edge.scores, cloud.scores, fusion.edge_weight, fusion.cloud_weight)
     best = pooled.argmax(1)
     knots = np.array(fusion.knots)
@@ -158,6 +160,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Everything `main` prints. Raises BundleError."""
     texts, truth = [row.text for row in rows], np.array([row.label for row in rows])
+    known = labels_of(load_bundle(find_bundle(bundle)))
+    foreign = sorted(set(truth) - {*known, OOS})
+    if foreign:
+        raise EdgeRuntimeError(
+            f"The bundle does not know the label {foreign[0]!r}; give rows with its labels."
+        )
+    if not (truth != OOS).any():
+        raise EdgeRuntimeError("There are no rows in scope to judge by; give some, or another --split.")
     edge = answers_of(bundle, texts)
     report: dict[str, Any] = {"bundle": bundle, **alone(edge, truth)}
     if cloud is not None:
@@ -216,10 +226,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to write the curve as PNG")
     parser.add_argument("--json", action="store_true", help="for machines")
     arguments = parser.parse_args()
+    if arguments.plot and not arguments.cloud:
+        parser.error("--plot draws the curve of a cascade; give --cloud too")
     try:
         rows = read_rows(arguments.data, arguments.split)
         report = evaluate(arguments.bundle, rows, arguments.cloud, arguments.plot)
-    except (BadRows, EdgeRuntimeError) as error:
+    except (BadRows, EdgeRuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     print(json.dumps(report) if arguments.json else "\n".join(_lines(report)))

@@ -94,6 +94,11 @@ def labels_of(bundle: Bundle) -> list[str]:
         raise BundleError(
             f"bundle {bundle.manifest.name!r} has no labels with a confidence; give another one"
         )
+    if bundle.manifest.task != "text-classification":
+        raise BundleError(
+            f"bundle {bundle.manifest.name!r} is for {bundle.manifest.task}; its confidence is not of labels alone, so "
+            "train it anew with its own tool"
+        )
     return list(msgspec.json.decode(bundle.files[bundle.manifest.labels], type=list[str]))
 
 

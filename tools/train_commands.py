@@ -225,14 +225,15 @@ def _summary(report: dict[str, Any], calibrated: Calibrated) -> list[str]:
 
 def _next(arguments: argparse.Namespace, config: Path, example: str, folder: Path) -> list[str]:
     """Commands that work as they stand, from this folder."""
+    quoted = shlex.quote(str(config))
     lines = [
         f"  see   {folder / 'report.html'}",
-        f"  edge-runtime serve --config {config}",
-        f"  edge-runtime ask --config {config} --model {arguments.name} {shlex.quote(example)}",
+        f"  edge-runtime serve --config {quoted}",
+        f"  edge-runtime ask --config {quoted} --model {arguments.name} {shlex.quote(example)}",
     ]
     if arguments.key is None:
         lines += [
-            f"  edge-runtime models sign {arguments.out} --key KEY     # a key: edge-runtime models keygen KEY",
+            f"  edge-runtime models sign {shlex.quote(str(arguments.out))} --key KEY     # a key: edge-runtime models keygen KEY",
             f"  {config} lets unsigned bundles run; on a device write [trust] keys instead",
         ]
     return lines
@@ -242,7 +243,7 @@ def _write_config(folder: Path, out: Path, key: Path | None) -> Path:
     """A configuration that serves the bundle from the folder the command was run in."""
     public = key.with_name(key.name + ".pub") if key is not None else None
     trust = (
-        f"keys = [{json.dumps(str(public))}]"
+        f"keys = [{json.dumps(str(public), ensure_ascii=False)}]"
         if public is not None and public.exists()
         else "unsigned = true                # for a trial; on a device: keys = [...]"
     )
