@@ -161,7 +161,7 @@ def evaluate(
     """Everything `main` prints. Raises BundleError."""
     texts, truth = [row.text for row in rows], np.array([row.label for row in rows])
     known = labels_of(load_bundle(find_bundle(bundle)))
-    foreign = sorted(set(truth) - {*known, OOS})
+    foreign = sorted({row.label for row in rows} - {*known, OOS})
     if foreign:
         raise EdgeRuntimeError(
             f"The bundle does not know the label {foreign[0]!r}; give rows with its labels."

@@ -55,7 +55,9 @@ def read_rows(path: Path, split: str | None = None) -> list[LabelledText]:
                 mistakes.append(f"line {line}: {row}")
             else:
                 rows.append(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise BadRows(f"{path.name} cannot be read ({error.strerror}); give a JSONL or CSV file.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise BadRows(f"{path.name} cannot be read ({error}); give a JSONL or CSV file in UTF-8.") from None
     if mistakes:
         raise BadRows(f"{path.name}: {len(mistakes)} rows cannot be used:\n" + shortened(mistakes))
