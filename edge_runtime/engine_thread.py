@@ -13,10 +13,10 @@ class EngineThread:
     """A daemon thread, unlike those of `concurrent.futures`: a hung call must not keep the process from ending."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Done | None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def submit(self, work: Callable[[], Any], done: "Done | None" = None) -> None:
+    def submit(self, work: Callable[[], Any], done: Done = lambda _result, _error: None) -> None:
         """Run `work` after what was submitted before."""
         self._jobs.put((work, done))
 
@@ -30,10 +30,8 @@ class EngineThread:
             try:
                 result = work()
             except BaseException as error:  # noqa: BLE001 - whatever a model raises belongs to its batch
-                if done is not None:
-                    done(None, error)
+                done(None, error)
             else:
-                if done is not None:
-                    done(result, None)
+                done(result, None)
                 del result
             del job, work, done  # an idle thread must not keep the last batch alive

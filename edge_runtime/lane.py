@@ -23,8 +23,8 @@ from edge_runtime.processing import Processor
 
 _log = logging.getLogger(__name__)
 
-#: A hop to a thread and back costs 70-230 microseconds (`python -m tools.bench_core hop`), so a batch of one
-#: that takes less is run where it is.
+#: A hop to a thread and back costs 30 to 275 microseconds, by how deeply the processor sleeps (`python -m
+#: tools.bench_core`), so a batch of one that takes less is run where it is.
 INLINE_LIMIT_NS = 200_000
 
 #: Event loops round their timers up to this (epoll's time-out is in milliseconds, libuv's timers as well).
@@ -32,6 +32,9 @@ _TICK_NS = 1_000_000
 
 _RENEWAL_S = 1.0  # before the second try, and twice as long before each further one
 _RENEWALS = 8  # tries to load an engine for one that hangs, in some four minutes
+
+#: What an engine returned for a batch, and when it began and ended.
+_Ran = tuple[Sequence[Any], int, int]
 
 _REFUSALS = {
     RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
@@ -109,13 +112,7 @@ class Lane:
         self.statistics = ModelStatistics()
         self._name, self._processor = name, processor
         self._scheduler = Scheduler(
-            QueueLimits(
-                min(limits.max_batch, *[engine.max_batch for engine in each]),
-                limits.max_waiting,
-                limits.max_waiting_bytes,
-                limits.tenant_max_waiting,
-                limits.tenant_engine_share,
-            ),
+            replace(limits, max_batch=min(limits.max_batch, *[engine.max_batch for engine in each])),
             replace(policy or Policy(), tick_ns=_TICK_NS),
             engines=[depth] * len(each),
             ladder=ladder,
@@ -146,11 +143,6 @@ class Lane:
     def waiting(self) -> int:
         """Rows that wait for an engine."""
         return self._scheduler.waiting
-
-    @property
-    def backlog_s(self) -> float:
-        """How long it will take until what runs and waits is done."""
-        return self._scheduler.backlog_ns(time.monotonic_ns()) / 1e9
 
     async def run(
         self, row: bytes, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
@@ -287,42 +279,29 @@ class Lane:
         engine = slot.engine
         rows = [self._members[request_id].row for request_id in batch.ids]
 
-        def run() -> tuple[Sequence[Any], int, int]:
+        def run() -> _Ran:
             started_ns = time.monotonic_ns()
             return engine.run(rows), started_ns, time.monotonic_ns()
 
         if slot.thread is None:
             try:
-                result = run()
+                ran = run()
             except Exception as error:  # noqa: BLE001 - whatever a model raises ends its own batch only
-                self._fail(batch, error, "raised")
-                self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+                self._give_up(batch, error, "raised")
             else:
-                self._finish(batch, *result)
+                self._finish(batch, *ran)
             return
+
+        def end_soon(ran: _Ran | None, error: BaseException | None) -> None:  # called in the engine's thread
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._end, slot, batch, ran, error)
+
         # Batches that were handed to the engine before have their own time first.
         patience_s = self._hang_limit_s * (1 + len(slot.running))
         slot.running[batch.batch_id] = (batch, self._loop.call_later(patience_s, self._hang, slot, batch))
-        slot.thread.submit(run, lambda result, error: self._end_soon(slot, batch, result, error))
+        slot.thread.submit(run, end_soon)
 
-    def _end_soon(
-        self,
-        slot: _Slot,
-        batch: Dispatch,
-        result: tuple[Sequence[Any], int, int] | None,
-        error: BaseException | None,
-    ) -> None:
-        """Called in the engine's thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._end, slot, batch, result, error)
-
-    def _end(
-        self,
-        slot: _Slot,
-        batch: Dispatch,
-        result: tuple[Sequence[Any], int, int] | None,
-        error: BaseException | None,
-    ) -> None:
+    def _end(self, slot: _Slot, batch: Dispatch, ran: _Ran | None, error: BaseException | None) -> None:
         running = slot.running.pop(batch.batch_id, None)
         if running is None:
             return  # of an engine that was given up on: its batches were failed and reported then
@@ -332,11 +311,10 @@ class Lane:
             self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
             if not slot.hung:
                 self._scheduler.engine_up(batch.engine)
-        elif result is not None:
-            self._finish(batch, *result)
+        elif ran is not None:
+            self._finish(batch, *ran)
         else:
-            self._fail(batch, error, "raised")
-            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+            self._give_up(batch, error, "raised")
         self._flush()
 
     def _hang(self, slot: _Slot, batch: Dispatch) -> None:
@@ -382,6 +360,11 @@ class Lane:
         self._scheduler.engine_up(index)
         self._flush()
 
+    def _give_up(self, batch: Dispatch, error: BaseException | None, how: str) -> None:
+        """Fail a batch that has ended, and report it done."""
+        self._fail(batch, error, how)
+        self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+
     def _fail(self, batch: Dispatch, error: BaseException | None, how: str) -> None:
         _log.error("model=%s event=batch_failed rows=%d error=%r", self._name, len(batch.ids), error)
         self.statistics.faults[how] = self.statistics.faults.get(how, 0) + 1
@@ -394,8 +377,7 @@ class Lane:
         """Hand out what a batch returned, and report it done."""
         rows, statistics = len(batch.ids), self.statistics
         if len(outputs) != rows:
-            self._fail(batch, ValueError(f"{len(outputs)} rows returned for {rows}"), "miscounted")
-            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+            self._give_up(batch, ValueError(f"{len(outputs)} rows returned for {rows}"), "miscounted")
             return
         infer_ns = ended_ns - started_ns
         statistics.executions += 1

@@ -156,10 +156,6 @@ class Scheduler:
         """How long a batch would take; 0 while nothing is known."""
         return self._forecast.costs(lane).mean(rows) * self._pool.speed_of(engine)
 
-    def backlog_ns(self, now_ns: int) -> float:
-        """How long it will take until what runs and waits is done."""
-        return self._pool.free_from(now_ns) - now_ns + self._forecast.waiting_ns()
-
     def submit(
         self,
         now_ns: int,
@@ -307,7 +303,7 @@ class Scheduler:
             return None
         above = sum([higher.waiting for higher in self._levels[:priority]])
         is_overloaded = now_ns < self._overloaded_until_ns
-        place = Place(queue, self._levels[priority], above, len(self._waiting))
+        place = Place(queue, above, len(self._waiting))
         finish_ns = self._forecast.finish_ns(now_ns, place, at, is_overloaded=is_overloaded)
         retry_ns: int | None = int(finish_ns - deadline_ns) + 1
         if finish_ns <= deadline_ns:
@@ -331,9 +327,13 @@ class Scheduler:
         if entry.has_deadline:
             self._late_bound_ns = min(self._late_bound_ns, entry.key_ns)
 
+    def _leave(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            del self._waiting[entry.id]
+            self._waiting_bytes -= entry.size_bytes
+
     def _remove(self, entry: Entry) -> None:
-        del self._waiting[entry.id]
-        self._waiting_bytes -= entry.size_bytes
+        self._leave([entry])
         entry.queue.lane.staying.pop(entry.id, None)
         entry.queue.remove(entry)
 
@@ -381,7 +381,7 @@ class Scheduler:
 
     def _next_queue(self, now_ns: int) -> Queue:
         """Whose turn it is: level, then tenant, then its most urgent lane."""
-        for level in self._levels:
+        for level in self._levels:  # a generator here costs a request alone a fourteenth more
             if level.waiting:
                 break
         if level.waiting < len(self._waiting):
@@ -410,12 +410,22 @@ class Scheduler:
         stay = [self._waiting[request_id] for request_id in list(lane.staying)[: self._limits.max_batch]]
         for entry in stay:
             del lane.staying[entry.id]
-        for entry in stay:
             entry.queue.remove(entry)
+        self._leave(stay)
         return stay
 
     def _newcomers(self, first: Queue, rows: int) -> list[Entry]:
         """Take out `rows` entries of one lane: the level and tenant whose turn it is, then all in equal parts by level."""
+        lane = first.lane
+        if rows <= 0 or not lane.waiting:
+            return []
+        # One tenant at one level, as on most devices: there is nothing to part.
+        is_whole = lane.waiting == len(first.keys)
+        taken = first.cut(rows) if is_whole else self._parted(first, rows)
+        self._leave(taken)
+        return taken
+
+    def _parted(self, first: Queue, rows: int) -> list[Entry]:
         lane = first.lane
         taken: list[Entry] = []
         own = first.share.level
@@ -427,27 +437,12 @@ class Scheduler:
                     taken += queue.cut(min(each, rows - len(taken)))
         return taken
 
-    def _take(self, queue: Queue, rows: int) -> list[Entry]:
-        taken = self._newcomers(queue, rows)
-        self._leave(taken)
-        return taken
-
-    def _leave(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            del self._waiting[entry.id]
-            self._waiting_bytes -= entry.size_bytes
-
     def _dispatch(self, now_ns: int, queue: Queue) -> list[Action]:
         pool, lane = self._pool, queue.lane
         rows = lane.split.batch(lane.waiting)
         lane.is_filling = lane.waiting >= lane.split.most
         members = self._staying(lane) if lane.staying else []
-        if lane.waiting == 1 and not members:
-            newcomers = queue.cut(1)
-        else:
-            newcomers = self._newcomers(queue, rows - len(members))
-        self._leave(newcomers)
-        self._leave(members)
+        newcomers = self._newcomers(queue, rows - len(members))
         members += newcomers
         index = pool.choose()
         speed = pool.speed_of(index)
@@ -460,7 +455,7 @@ class Scheduler:
             late, back = fit.apply(members, newcomers, may_shrink=may_shrink)
             # Others take the places of who is refused, else half of each batch runs empty at twice the load that can
             # be served.
-            while late and not may_shrink and (others := self._take(queue, rows - len(members))):
+            while late and not may_shrink and (others := self._newcomers(queue, rows - len(members))):
                 members += others
                 late += fit.apply(members, others, may_shrink=False)[0]
             actions = [Refuse(entry.id, RefusalKind.LATE) for entry in late]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from edge_runtime.core.lanes import Lane
 from edge_runtime.core.latency import BatchCosts
 from edge_runtime.core.pool import EnginePool
-from edge_runtime.core.queueing import Level, Queue
+from edge_runtime.core.queueing import Queue
 
 #: Lanes whose costs are remembered while nothing of theirs waits.
 _REMEMBERED = 64
@@ -17,7 +17,6 @@ class Place:
     """Where a request is to wait; `above` rows wait in higher levels than its own, `waiting` in all."""
 
     queue: Queue
-    level: Level
     above: int
     waiting: int
 
@@ -55,20 +54,20 @@ class Forecast:
         """Derive the dearest costs again: a batch has ended, or a lane begun."""
         speed = self._pool.speed
         lanes = self.lanes.values()
-        if len(lanes) == 1:  # after every batch of most models
+        if len(lanes) == 1:  # after every batch of most models; the lists cost a twentieth of a request alone
             (lane,) = lanes
-            self.row_ns = lane.split.per_row * speed / len(self._pool)
+            self.row_ns = lane.split.per_row * speed / self._pool.up
             self.batch_ns = lane.costs.p99s[-1] * speed
             self.single_ns = lane.costs.means[0] * speed
             return
-        self.row_ns = max([lane.split.per_row for lane in lanes]) * speed / len(self._pool)
+        self.row_ns = max([lane.split.per_row for lane in lanes]) * speed / self._pool.up
         self.batch_ns = max([lane.costs.p99s[-1] for lane in lanes]) * speed
         self.single_ns = max([lane.costs.means[0] for lane in lanes]) * speed
 
     def waiting_ns(self) -> float:
         """Time to serve all that waits once an engine is free."""
         rows_ns = sum([lane.waiting * lane.split.per_row for lane in self.lanes.values()])
-        return rows_ns * self._pool.speed / len(self._pool)
+        return rows_ns * self._pool.speed / self._pool.up
 
     def half_served_ns(self, now_ns: int) -> int | None:
         """From now until half of what waits will have been served: when to try again. None: not known."""
@@ -87,7 +86,7 @@ class Forecast:
         else:
             last = min(ahead, most - 1) + 1
             before_ns = max(lane.split.drain(ahead + 1) - lane.split.drain(last), 0.0)
-        own_ns = before_ns / len(self._pool) + lane.costs.p99(last)
+        own_ns = before_ns / self._pool.up + lane.costs.p99(last)
         return self._pool.free_from(now_ns) + own_ns * self._pool.speed
 
     def displaces(self, now_ns: int, place: Place, at: int) -> bool:
@@ -99,20 +98,20 @@ class Forecast:
         own_ns, start_ns = queue.lane.costs.mean(split.most), self._pool.free_from(now_ns)
         for last in range(at - at % split.most + split.most - 1, len(queue.keys), split.most):
             rows = (last + 1 + self._foreign_rows(place, last + 1)) // split.most * split.most
-            finish_ns = start_ns + (rows * split.per_row / len(self._pool) + own_ns) * self._pool.speed
+            finish_ns = start_ns + (rows * split.per_row / self._pool.up + own_ns) * self._pool.speed
             if queue.keys[last] < finish_ns and queue.entries[last].has_deadline:
                 return True
         return False
 
     def _foreign_rows(self, place: Place, at: int) -> int:
         """Rows of others served before: those of higher levels, and the turns of the level's other tenants."""
-        queue, level = place.queue, place.level
+        queue, level = place.queue, place.queue.share.level
         others = level.waiting - len(queue.keys)
         # Each other tenant is served as often as this one meanwhile, and no more.
         turns = max(len(level.shares) - (1 if queue.keys else 0), 0) * (at + 1)
         foreign = place.above + min(others, turns)
         if len(self.lanes) > 1 and foreign:  # in rows of this lane's cost
-            mean_ns = self.waiting_ns() * len(self._pool) / self._pool.speed / place.waiting
+            mean_ns = self.waiting_ns() * self._pool.up / self._pool.speed / place.waiting
             foreign = int(foreign * mean_ns / (queue.lane.split.per_row or 1.0))
         return foreign
 

@@ -20,18 +20,15 @@ class EnginePool:
     """Interchangeable engines, each with room for `depth` batches: one runs, the others are at hand.
 
     `free` counts the room of those that are up. `busy_until_ns` is when room is predicted, 0 while there is some;
-    `speed` the best factor; all three are kept at hand since every admission reads them.
+    `speed` the best factor; `up` how many are up, and 1 where none is: what waits then waits for the first to come
+    back. All four are kept at hand since every admission reads them.
     """
 
-    __slots__ = ("_engines", "_up", "busy_until_ns", "free", "speed")
+    __slots__ = ("_engines", "busy_until_ns", "free", "speed", "up")
 
     def __init__(self, depths: Sequence[int]) -> None:
         self._engines = [_Engine(depth) for depth in depths]
         self._refresh()
-
-    def __len__(self) -> int:
-        """How many engines are up, and 1 where none is: what waits then waits for the first to come back."""
-        return self._up
 
     def speed_of(self, engine: int) -> float:
         """How much longer than usual batches take on one engine just now."""
@@ -78,13 +75,13 @@ class EnginePool:
         engines = self._engines
         if len(engines) == 1:  # nearly every edge device; this is on the way of every batch
             (one,) = engines
-            self._up = 1
+            self.up = 1
             self.free = one.depth - one.running if one.is_up else 0
             self.busy_until_ns = 0.0 if self.free > 0 else one.free_at_ns
             self.speed = one.speed.factor
             return
         up = [engine for engine in engines if engine.is_up]
-        self._up = max(len(up), 1)
+        self.up = max(len(up), 1)
         self.free = sum(max(engine.depth - engine.running, 0) for engine in up)
         self.busy_until_ns = 0.0 if self.free else min((engine.free_at_ns for engine in up), default=0.0)
         self.speed = min((engine.speed.factor for engine in up), default=1.0)

@@ -49,7 +49,7 @@ class Queue:
         self.entries: list[Entry] = []
 
     def insert(self, at: int, entry: Entry) -> None:
-        """Put `entry` at its place: behind those of smaller and equal keys. The queue may be new or have been empty."""
+        """Put `entry` at its place among the keys. The queue may be new or have been empty."""
         keys, level = self.keys, self.share.level
         if not keys:
             level.attach(self)
@@ -157,12 +157,9 @@ class Level:
     def attach(self, queue: Queue) -> None:
         """Let a queue take part in the turns, before its first entry."""
         share = queue.share
-        present = self.shares.get(share.tenant)
-        if present is None:
+        if share.tenant not in self.shares:
             share.virtual_ns = max(self._ahead.pop(share.tenant, 0.0), self._clock_ns - self.credit_ns)
             self.shares[share.tenant] = share
-        elif present is not share:  # asked for before another queue of the tenant was attached
-            queue.share = share = present
         share.queues[queue.lane] = queue
         self.by_lane.setdefault(queue.lane, {})[queue] = None
 

@@ -42,7 +42,4 @@ class Split:
         if rows < len(self.first):
             return self.total[rows]
         whole = (rows - len(self.first) + 1) // self.most + 1
-        rest = rows - whole * self.most
-        if rest < 0:
-            whole, rest = whole - 1, rest + self.most
-        return whole * self.most * self.per_row + self.total[rest]
+        return whole * self.most * self.per_row + self.total[rows - whole * self.most]
