@@ -49,14 +49,14 @@ TFLITE_TESTS := --editable . onnx flatbuffers pytest hypothesis
 	@touch $@
 
 litert: .venv-litert/.ready
-	@EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_litert.py
-	@EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_hostile_models.py -k broken_tflite
+	@EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/engines/test_litert.py
+	@EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/loading/test_hostile_models.py -k broken_tflite
 
 # tflite-runtime, for 32-bit Arm, has no wheels for a Python newer than 3.11.
 PYTHON_MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info[1])' 2>/dev/null)
 ifeq ($(PYTHON_MINOR),11)
 tflite: litert .venv-tflite/.ready ## TFLite models, under LiteRT and under tflite-runtime
-	@EDGE_RUNTIME_TFLITE=tflite_runtime .venv-tflite/bin/python -m pytest tests/test_litert.py
+	@EDGE_RUNTIME_TFLITE=tflite_runtime .venv-tflite/bin/python -m pytest tests/engines/test_litert.py
 else
 tflite: litert
 	@echo "skipped: tflite-runtime needs Python 3.11, and $(PYTHON) is 3.$(PYTHON_MINOR)"
@@ -69,11 +69,11 @@ soak: $(READY) ## property tests of the core, fifty times as long as in test
 	@EDGE_RUNTIME_TESTS=soak $(BIN)/python -m pytest tests/core
 
 guards: $(READY) ## break each line that guards an invariant of the core, and see a test fail (some minutes)
-	@EDGE_RUNTIME_GUARDS=all $(BIN)/python -m pytest tests/test_guards.py
+	@EDGE_RUNTIME_GUARDS=all $(BIN)/python -m pytest tests/guards
 
 fuzz: $(READY) .venv-litert/.ready ## 10,000 broken model files per format, every byte of a bundle flipped (half an hour)
-	@EDGE_RUNTIME_FUZZ=10000 EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/test_hostile_models.py -k broken_tflite
-	@EDGE_RUNTIME_FUZZ=10000 $(BIN)/python -m pytest tests/test_hostile_models.py tests/test_flipped_bytes.py
+	@EDGE_RUNTIME_FUZZ=10000 EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/loading/test_hostile_models.py -k broken_tflite
+	@EDGE_RUNTIME_FUZZ=10000 $(BIN)/python -m pytest tests/loading/test_hostile_models.py tests/bundles/test_flipped_bytes.py
 
 format: $(READY) ## put the code into shape
 	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format --quiet .

@@ -84,7 +84,7 @@ def _show(path: Path | None, *, only_check: bool) -> None:
 async def run(config: CloudConfig, *, again: bool = False) -> None:
     """Load, serve, drain; `again` tries models anew whatever came of earlier trials. Raises ConfigError, BundleError."""
     from cloud_fallback.worker import Worker
-    from edge_runtime.stopping import stop_signals, unless_stopped
+    from edge_runtime.signals import stop_signals, unless_stopped
     from edge_runtime.typed_toml import read_secret
 
     async with AsyncExitStack() as stack:
@@ -106,12 +106,12 @@ async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "
     from functools import partial
 
     from cloud_fallback.worker import Loaded
-    from edge_runtime.core.batching import QueueLimits
-    from edge_runtime.core.windows import policy_of
-    from edge_runtime.first_load import FirstLoads
-    from edge_runtime.lane import Lane
-    from edge_runtime.model import load_engine, load_model_soon
-    from edge_runtime.model_trust import VersionRecord, read_trust, record_path, trials_path
+    from edge_runtime.bundles.trust import VersionRecord, read_trust, record_path, trials_path
+    from edge_runtime.core.scheduling.scheduler import QueueLimits
+    from edge_runtime.core.scheduling.windows import policy_of
+    from edge_runtime.loading.model import load_engine, load_model_soon
+    from edge_runtime.loading.trial_record import FirstLoads
+    from edge_runtime.serving.model_runner import ModelRunner
 
     models: dict[str, Loaded] = {}
     path = record_path(config.record, "cloud-fallback")
@@ -131,7 +131,7 @@ async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "
         renew = partial(
             load_engine, name, model.digest, threads=config.threads, trust=trust, max_batch=config.max_batch
         )
-        lane = Lane(
+        lane = ModelRunner(
             model.name,
             model.processor,
             [model.engine, *[renew() for _ in range(config.instances - 1)]],

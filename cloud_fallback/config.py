@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 
 from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.topics import is_id
-from edge_runtime.core.windows import policy_of
+from edge_runtime.core.protocol.topics import is_id
+from edge_runtime.core.scheduling.windows import policy_of
 from edge_runtime.typed_toml import load_toml
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]

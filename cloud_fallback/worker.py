@@ -14,23 +14,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloud_fallback.config import CloudConfig, worker_id
-from edge_runtime.core import wire
-from edge_runtime.core.batching import priority_of
 from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, TooLarge
 from edge_runtime.core.messages import Answer, InferReply, InferRequest
-from edge_runtime.core.mqtt_reasons import ReasonClass, classify, in_words
-from edge_runtime.core.topics import (
+from edge_runtime.core.protocol import oip
+from edge_runtime.core.protocol.mqtt_reasons import ReasonClass, classify, in_words
+from edge_runtime.core.protocol.replies import build_reply
+from edge_runtime.core.protocol.topics import (
     RequestTopic,
     parse_request_topic,
     reply_topic_for,
     worker_filter,
     worker_state_topic,
 )
-from edge_runtime.envelope import Message, pack, reads_zstd, unpack
-from edge_runtime.lane import Lane, refusal
-from edge_runtime.model import Model
-from edge_runtime.mqtt import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
-from edge_runtime.replies import build_reply
+from edge_runtime.core.scheduling.scheduler import priority_of
+from edge_runtime.loading.model import Model
+from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
+from edge_runtime.mqtt.envelope import Message, pack, reads_zstd, unpack
+from edge_runtime.serving.model_runner import ModelRunner, refusal
 
 _log = logging.getLogger(__name__)
 _SESSION_EXPIRY_S = 60  # a worker that restarts within it gets what was handed to it and not acknowledged
@@ -46,7 +46,7 @@ class Loaded:
     """A model and its lane."""
 
     model: Model
-    lane: Lane
+    lane: ModelRunner
 
 
 class Worker:
@@ -130,7 +130,7 @@ class Worker:
             try:
                 code = await self.connection.publish(reply)
             except TooLarge as error:
-                small = wire.encode_error(str(error), reason=wire.INVALID)
+                small = oip.encode_error(str(error), reason=oip.INVALID)
                 reply = pack(reply.topic, small, None, correlation=reply.correlation, expiry_s=None)
                 code = await self.connection.publish(reply)
         except LinkLost:
@@ -145,21 +145,21 @@ class Worker:
         json_length: int | None = None
         is_final = False
         try:
-            body, json_length = wire.encode_reply(await self._infer(message, asked))
+            body, json_length = oip.encode_reply(await self._infer(message, asked))
             is_final = True
         except Refused as refused:
-            body = wire.encode_error(
+            body = oip.encode_error(
                 str(refused),
                 reason=refused.kind.value,
                 retry_after_ms=int(1000 * (refused.retry_after_s or 0)),
             )
         except InvalidRequest as error:
-            body = wire.encode_error(str(error), reason=wire.INVALID)
+            body = oip.encode_error(str(error), reason=oip.INVALID)
         except EdgeRuntimeError as error:
-            body = wire.encode_error(str(error))
+            body = oip.encode_error(str(error))
         except Exception:  # noqa: BLE001 - a defect of ours must not end the connection; it is logged
             _log.exception("event=request_failed")
-            body = wire.encode_error("Internal error; the worker's log tells more.")
+            body = oip.encode_error("Internal error; the worker's log tells more.")
         reply = pack(
             topic,
             body,
@@ -172,7 +172,7 @@ class Worker:
 
     async def _infer(self, message: Message, asked: RequestTopic) -> InferReply:
         started_ns = time.monotonic_ns()
-        request = wire.decode_request(*unpack(message))
+        request = oip.decode_request(*unpack(message))
         loaded = self._models[asked.model]
         deadline_ns = started_ns + _remaining_ns(request, message, self._config.timeout_s)
         rows = loaded.model.processor.split(request.inputs)
@@ -197,7 +197,7 @@ class Worker:
 
 
 async def _all_rows(
-    lane: Lane, rows: list[bytes], deadline_ns: int, tenant: str, priority: int
+    lane: ModelRunner, rows: list[bytes], deadline_ns: int, tenant: str, priority: int
 ) -> list[Answer]:
     try:
         async with asyncio.TaskGroup() as group:

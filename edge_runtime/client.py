@@ -6,9 +6,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.core import wire
 from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused
 from edge_runtime.core.messages import InferReply, InferRequest
+from edge_runtime.core.protocol import oip
 
 _UNAVAILABLE = {429: RefusalKind.FULL, 503: RefusalKind.DRAINING, 504: RefusalKind.LATE}
 
@@ -42,19 +42,19 @@ class Client:
         """A JSON resource. Raises EdgeRuntimeError."""
         status, _, body = self._call("GET", path, b"", {})
         if status != 200:
-            raise EdgeRuntimeError(wire.decode_error(body)[0])
+            raise EdgeRuntimeError(oip.decode_error(body)[0])
         tree: dict[str, Any] = json.loads(body)
         return tree
 
     def infer(self, model: str, request: InferRequest) -> InferReply:
         """Ask a model. Raises Refused, InvalidRequest or EdgeRuntimeError as the daemon answered."""
-        body, json_length = wire.encode_request(request, binary=True)
+        body, json_length = oip.encode_request(request, binary=True)
         headers = {"Inference-Header-Content-Length": str(json_length)}
         status, found, answer = self._call("POST", f"/v2/models/{model}/infer", body, headers)
         if status == 200:
             length = found.get("inference-header-content-length")
-            return wire.decode_reply(answer, None if length is None else int(length))
-        message, _ = wire.decode_error(answer)
+            return oip.decode_reply(answer, None if length is None else int(length))
+        message, _ = oip.decode_error(answer)
         if status in _UNAVAILABLE:
             raise Refused(_UNAVAILABLE[status], message)
         raise InvalidRequest(message) if status < 500 else EdgeRuntimeError(message)

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 
 from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.windows import policy_of
+from edge_runtime.core.scheduling.windows import policy_of
 from edge_runtime.typed_toml import load_toml
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from edge_runtime.config import Config, socket_path, tcp_address
 from edge_runtime.runtime import Runtime
 from edge_runtime.server import start_server
-from edge_runtime.stopping import stop_signals, unless_stopped
+from edge_runtime.signals import stop_signals, unless_stopped
 
 _log = logging.getLogger(__name__)
 

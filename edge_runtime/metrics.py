@@ -6,9 +6,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from edge_runtime.recall import Store
-from edge_runtime.service import Service
-from edge_runtime.uplink import Uplink
+from edge_runtime.caching.two_level import Store
+from edge_runtime.serving.service import Service
+from edge_runtime.uplink.uplink import Uplink
 
 
 class _Collector:

@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime import __version__
+from edge_runtime.bundles.trust import VersionRecord, read_trust, record_path, state_path, trials_path
 from edge_runtime.config import Config, device_id, load_config
-from edge_runtime.core.batching import QueueLimits
-from edge_runtime.core.caching import Cache
+from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, Reason
-from edge_runtime.core.windows import policy_of
+from edge_runtime.core.outcome import Outcome
+from edge_runtime.core.scheduling.scheduler import QueueLimits
+from edge_runtime.core.scheduling.windows import policy_of
 from edge_runtime.engines import Engine
 from edge_runtime.engines.build import engine_version
-from edge_runtime.first_load import FirstLoads
-from edge_runtime.joining import joining_of
-from edge_runtime.lane import INLINE_LIMIT_NS, Lane
-from edge_runtime.model import Model, cost_of, labels_of, load_engine, load_model_soon
-from edge_runtime.model_trust import VersionRecord, read_trust, record_path, state_path, trials_path
-from edge_runtime.outcome import Outcome
-from edge_runtime.service import ServedModel, Service
+from edge_runtime.loading.model import Model, cost_of, labels_of, load_engine, load_model_soon
+from edge_runtime.loading.trial_record import FirstLoads
+from edge_runtime.serving.model_runner import INLINE_LIMIT_NS, ModelRunner
+from edge_runtime.serving.service import ServedModel, Service
+from edge_runtime.uplink.score_fusion import joining_of
 
 if TYPE_CHECKING:
-    from edge_runtime.store import AnswerStore
-    from edge_runtime.uplink import Uplink
+    from edge_runtime.caching.answer_store import AnswerStore
+    from edge_runtime.uplink.uplink import Uplink
 
 
 class Runtime:
@@ -81,7 +81,7 @@ class Runtime:
             uplink = None
             if config.cloud is not None:
                 # A device without a cloud pays nothing for it: 4 MB of memory, a tenth of a second.
-                from edge_runtime.uplink import Uplink  # noqa: PLC0415
+                from edge_runtime.uplink.uplink import Uplink  # noqa: PLC0415
 
                 uplink = Uplink(config.cloud, device=device_id(config.cloud))
                 stack.push_async_callback(uplink.close)
@@ -174,7 +174,7 @@ async def _open_store(
     path = state_path(config.cache.path, "edge-runtime", "answers.db")
     if path is None or not config.cache.enabled:
         return None
-    from edge_runtime.store import AnswerStore  # noqa: PLC0415 - off, it costs nothing
+    from edge_runtime.caching.answer_store import AnswerStore  # noqa: PLC0415 - off, it costs nothing
 
     store = AnswerStore(path, config.cache.disk_max_bytes)
     stack.push_async_callback(store.close)
@@ -202,7 +202,7 @@ def _service(
 
 def _serve(model: Model, config: Config, renew: Callable[[], Engine]) -> ServedModel:
     batch = config.batch
-    lane = Lane(
+    lane = ModelRunner(
         model.name,
         model.processor,
         model.engine,

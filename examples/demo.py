@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_runtime.cli.intent import describe, intent_of
 from edge_runtime.client import Client
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.messages import InferRequest, Tensor
-from edge_runtime.intent import describe, intent_of
 
 COMMANDS = (
     "turn the lights off",

@@ -10,8 +10,8 @@ import subprocess
 import pytest
 from hypothesis import settings
 
-from edge_runtime.bundle import find_bundle, load_bundle
-from edge_runtime.first_load import FirstLoads
+from edge_runtime.bundles.folder import find_bundle, load_bundle
+from edge_runtime.loading.trial_record import FirstLoads
 
 #: `make soak` looks fifty times as long. Machines are shared: no example has a time limit.
 settings.register_profile("ci", max_examples=40, deadline=None)

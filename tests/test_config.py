@@ -5,7 +5,7 @@ import pytest
 from cloud_fallback.config import load_config as load_cloud
 from edge_runtime.config import Config, load_config
 from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.windows import policy_of
+from edge_runtime.core.scheduling.windows import policy_of
 
 
 def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):

@@ -15,7 +15,7 @@ from edge_runtime.client import _UnixConnection
 
 def cli(*args, **kwargs):
     return subprocess.run(
-        [sys.executable, "-c", "from edge_runtime.cli import main; main()", *args],
+        [sys.executable, "-c", "from edge_runtime.cli.main import main; main()", *args],
         capture_output=True, text=True, timeout=60, check=False, **kwargs,
     )  # fmt: skip
 
@@ -30,7 +30,7 @@ def config(tmp_path):
 @pytest.fixture
 def daemon(config):
     process = subprocess.Popen(
-        [sys.executable, "-c", "from edge_runtime.cli import main; main()", "serve", "--config", str(config)],
+        [sys.executable, "-c", "from edge_runtime.cli.main import main; main()", "serve", "--config", str(config)],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     for line in process.stderr:
@@ -157,7 +157,7 @@ def test_an_unreachable_broker_shows_in_status_and_answers_go_on(tmp_path):
         f'[server]\nsocket = "{tmp_path}/e.sock"\ntcp = "off"\n[cloud]\nbroker = "mqtt://127.0.0.1:1"\n'
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", "from edge_runtime.cli import main; main()", "serve", "--config", str(path)],
+        [sys.executable, "-c", "from edge_runtime.cli.main import main; main()", "serve", "--config", str(path)],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.cli import main as edge
+from edge_runtime.cli.main import main as edge
 from edge_runtime.config import load_config
 
 TOP = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ def test_the_wheel_brings_its_model(tmp_path):
     assert not [n for n in names if n.startswith(("tests", "tools", "models/commands-cloud"))]
     program = (
         "import edge_runtime, pathlib; assert 'site' in pathlib.Path(edge_runtime.__file__).parts;"
-        "from edge_runtime.cli import main; main()"
+        "from edge_runtime.cli.main import main; main()"
     )
     arguments = ["ask", "turn the lights off", "--json"]
     done = subprocess.run(

@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from edge_runtime.config import Config
-from edge_runtime.core.caching import Cache, KeyPrefix
+from edge_runtime.core.caching.cache import Cache
+from edge_runtime.core.caching.keys import KeyPrefix
 from edge_runtime.core.messages import InferRequest, Tensor
 from edge_runtime.runtime import Runtime
-from edge_runtime.service import Service
+from edge_runtime.serving.service import Service
 
 PLACES = ("oslo", "rome", "lima", "cairo", "quito", "delhi")
 

@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from edge_runtime.core.batching import Dispatch, QueueLimits, Refuse, Scheduler
-from edge_runtime.core.windows import Policy
-from edge_runtime.engine_thread import EngineThread
+from edge_runtime.core.scheduling.scheduler import Dispatch, QueueLimits, Refuse, Scheduler
+from edge_runtime.core.scheduling.windows import Policy
+from edge_runtime.serving.engine_thread import EngineThread
 
 #: A model of 100 microseconds; the ladder keeps admission and splitting at work.
 LADDER = tuple((rows, 90_000 + 10_000 * rows) for rows in (1, 2, 4, 8, 16, 32))
 ROUNDS = 60
-AS_DRIVEN = Policy(tick_ns=1_000_000)  # as `lane` drives it: an event loop's timers tell no more apart
+AS_DRIVEN = Policy(
+    tick_ns=1_000_000
+)  # as the model runner drives it: an event loop's timers tell no more apart
 
 
 def submit_to_dispatch(deep: int, tenants: int, *, max_batch: int, has_deadlines: bool) -> float:

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from edge_runtime.core.eviction import Entry
+from edge_runtime.core.caching.s3fifo import Entry
 
 
 class Lru:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.core.eviction import Entry, Eviction, S3Fifo
+from edge_runtime.core.caching.s3fifo import Entry, Eviction, S3Fifo
 from tools.cache_policies import Lru, WTinyLfu
 
 KEYS = 10_000

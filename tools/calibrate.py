@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_runtime.bundle import SIGNATURE, Bundle, find_bundle, load_bundle, sign_bundle
+from edge_runtime.bundles.folder import SIGNATURE, Bundle, find_bundle, load_bundle, sign_bundle
+from edge_runtime.bundles.manifest import CertificateEntry
 from edge_runtime.core.errors import EdgeRuntimeError
-from edge_runtime.manifest import CertificateEntry
 from tools.calibration.certificates import MIN_ROWS
 from tools.calibration.fit import ESCALATE, Calibrated, calibrate
 from tools.pack import bundle_logits, labels_of, next_version, refuse_other_folder, rewrite

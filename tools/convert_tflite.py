@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edge_runtime.bundle import Bundle, load_bundle
+from edge_runtime.bundles.folder import Bundle, load_bundle
 from edge_runtime.core.errors import BundleError, EdgeRuntimeError
 from tools.evaluate import answers_of
 from tools.pack import rewrite

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import find_bundle, load_bundle
+from edge_runtime.bundles.folder import find_bundle, load_bundle
 from edge_runtime.core.errors import EdgeRuntimeError
-from edge_runtime.core.fusion import pool
-from edge_runtime.model import load_model
+from edge_runtime.core.escalation.score_fusion import pool
+from edge_runtime.loading.model import load_model
 from tools.calibration.error import expected_calibration_error
 from tools.pack import labels_of, outputs_of
 from tools.rows import OOS, BadRows, LabelledText, read_rows

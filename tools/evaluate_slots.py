@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.core.errors import EdgeRuntimeError
-from edge_runtime.model import Model, load_model
+from edge_runtime.loading.model import Model, load_model
 from tools.rows import BadRows, LabelledText, Span, read_rows
 from tools.slots.metrics import Found, report_of
 

@@ -16,10 +16,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import find_bundle, load_bundle
+from edge_runtime.bundles.folder import find_bundle, load_bundle
+from edge_runtime.bundles.manifest import FusionEntry
 from edge_runtime.core.errors import EdgeRuntimeError
-from edge_runtime.core.fusion import pool
-from edge_runtime.manifest import FusionEntry
+from edge_runtime.core.escalation.score_fusion import pool
 from tools.calibration.knots import fit_knots
 from tools.evaluate import Answers, answers_of
 from tools.pack import labels_of, next_version, rewrite

@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import Bundle, write_bundle
+from edge_runtime.bundles.folder import Bundle, write_bundle
+from edge_runtime.bundles.manifest import MANIFEST, CalibrationEntry, CreditEntry, ProcessingEntry
 from edge_runtime.core.errors import BundleError
 from edge_runtime.core.messages import Row
 from edge_runtime.engines import Engine
-from edge_runtime.manifest import MANIFEST, CalibrationEntry, CreditEntry, ProcessingEntry
-from edge_runtime.model import load_model
+from edge_runtime.loading.model import load_model
 
 MINILM = CreditEntry(
     name="all-MiniLM-L6-v2",

@@ -6,9 +6,9 @@ makes a new pair, and the package ships the public half.
 
 from pathlib import Path
 
-from edge_runtime.bundle import sign_bundle
-from edge_runtime.manifest import MANIFEST
-from edge_runtime.signing import generate, key_id
+from edge_runtime.bundles.folder import sign_bundle
+from edge_runtime.bundles.manifest import MANIFEST
+from edge_runtime.bundles.signing import generate, key_id
 
 TOP = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.manifest import CreditEntry
+from edge_runtime.bundles.manifest import CreditEntry
 from tools.rows import normalised
 
 VAL_SHARE = 0.05

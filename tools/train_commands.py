@@ -19,10 +19,10 @@ from typing import Any
 import msgspec
 import torch
 
-from edge_runtime.bundle import Bundle, find_bundle, load_bundle, sign_bundle
+from edge_runtime.bundles.folder import Bundle, find_bundle, load_bundle, sign_bundle
+from edge_runtime.bundles.manifest import MANIFEST, CreditEntry, is_id
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.engines.build import build_engine
-from edge_runtime.manifest import MANIFEST, CreditEntry, is_id
 from tools.calibrate import report_lines, share
 from tools.calibration.fit import ESCALATE, Calibrated, calibrate
 from tools.pack import MINILM, engine_logits, next_version, pack_classifier, refuse_other_folder

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import write_bundle
-from edge_runtime.manifest import CalibrationEntry
+from edge_runtime.bundles.folder import write_bundle
+from edge_runtime.bundles.manifest import CalibrationEntry
 from edge_runtime.processing.text_slots import best_path, chances_of, spans_of
 from edge_runtime.processing.words import WordFeaturiser
 from tools.evaluate_slots import evaluate

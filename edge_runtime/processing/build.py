@@ -5,9 +5,9 @@ from typing import assert_never
 
 import msgspec
 
+from edge_runtime.bundles.manifest import Manifest, SignatureEntry
 from edge_runtime.core.errors import BundleError, Unsupported
 from edge_runtime.core.messages import Signature, TensorSpec
-from edge_runtime.manifest import Manifest, SignatureEntry
 from edge_runtime.processing import Processor
 from edge_runtime.processing.ngrams import NgramFeaturiser
 from edge_runtime.processing.tensors import Tensors

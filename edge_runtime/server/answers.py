@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from edge_runtime.core import wire
 from edge_runtime.core.errors import (
     CloudError,
     EdgeRuntimeError,
@@ -13,6 +12,7 @@ from edge_runtime.core.errors import (
     UnknownModel,
     Unsupported,
 )
+from edge_runtime.core.protocol import oip
 
 _PHRASES = {
     200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
@@ -67,13 +67,13 @@ class HttpAnswer:
 
 def error_answer(status: int, message: str, *, allow: str = "") -> HttpAnswer:
     """An error in the protocol's form."""
-    return HttpAnswer(status, wire.encode_error(message), allow=allow)
+    return HttpAnswer(status, oip.encode_error(message), allow=allow)
 
 
 def answer_for(error: EdgeRuntimeError) -> HttpAnswer:
     """The answer an error of the tree deserves."""
     if isinstance(error, Refused):
-        body = wire.encode_error(str(error), reason=error.kind.value)
+        body = oip.encode_error(str(error), reason=error.kind.value)
         return HttpAnswer(_REFUSED[error.kind], body, retry_after_s=error.retry_after_s)
     for kind, status in _KINDS:
         if isinstance(error, kind):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.server.answers import HttpAnswer, error_answer
-from edge_runtime.server.connection import Connection, Door
 from edge_runtime.server.limits import HttpLimits
 from edge_runtime.server.routes import Application, HttpRequest, answer
+from edge_runtime.server.shell import Connection, Door
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 

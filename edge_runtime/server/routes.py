@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import msgspec
 
 from edge_runtime import __version__
-from edge_runtime.core import wire
 from edge_runtime.core.errors import InvalidRequest, TooLarge, UnknownModel
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, ModelStatistics, TensorSpec
+from edge_runtime.core.protocol import oip
 from edge_runtime.server.answers import HttpAnswer, error_answer
 
 _encode = msgspec.json.Encoder().encode
@@ -113,9 +113,9 @@ async def _infer(
     if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= 10):
         raise InvalidRequest("Inference-Header-Content-Length must be a number of bytes.")
     body = _plain(request, body_limit)
-    question = wire.decode_request(body, None if length is None else int(length))
+    question = oip.decode_request(body, None if length is None else int(length))
     reply = await service.infer(name, version, question, tenant="local", deadline_ns=_deadline_ns(question))
-    encoded, json_length = wire.encode_reply(reply)
+    encoded, json_length = oip.encode_reply(reply)
     return HttpAnswer(200, encoded, json_length=json_length)
 
 

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.manifest import CertificateEntry
+from edge_runtime.bundles.manifest import CertificateEntry
 
 ERRORS = (0.01, 0.02, 0.05)
 DELTA = 0.05

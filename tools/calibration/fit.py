@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.manifest import CalibrationEntry
+from edge_runtime.bundles.manifest import CalibrationEntry
 from tools.calibration.certificates import DELTA, ERRORS, certify
 from tools.calibration.error import (
     BINS,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from edge_runtime.core.batching import Policy, QueueLimits, Scheduler
+from edge_runtime.core.scheduling.scheduler import Policy, QueueLimits, Scheduler
 from tools.simulation.cases import MS, Case
 from tools.simulation.replay import Rule
 from tools.simulation.rules import Bento, Clipper, Natural

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_runtime.core.batching import NORMAL, Action, Dispatch, Refuse
+from edge_runtime.core.scheduling.scheduler import NORMAL, Action, Dispatch, Refuse
 from tools.simulation.arrivals import Arrivals
 from tools.simulation.engine import Engine
 
@@ -14,7 +14,7 @@ _NEVER = 1 << 62
 
 
 class Rule(Protocol):
-    """What decides; `edge_runtime.core.batching.Scheduler` is one."""
+    """What decides; `edge_runtime.core.scheduling.scheduler.Scheduler` is one."""
 
     def submit(
         self,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_runtime.core.batching import NORMAL, Action, Dispatch, Refuse
 from edge_runtime.core.errors import RefusalKind
+from edge_runtime.core.scheduling.scheduler import NORMAL, Action, Dispatch, Refuse
 from tools.simulation.engine import Engine
 
 #: How often BentoML looks at its queue.

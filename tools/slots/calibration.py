@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.manifest import CalibrationEntry
+from edge_runtime.bundles.manifest import CalibrationEntry
 from tools.calibration.error import expected_calibration_error
 from tools.calibration.knots import apply_knots, fit_knots
 

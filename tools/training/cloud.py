@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from edge_runtime.manifest import ProcessingEntry
+from edge_runtime.bundles.manifest import ProcessingEntry
 from edge_runtime.processing.wordpiece import WordpieceFeaturiser
 from tools.encoder import PAD, Encoder, Sizes, load_pretrained, pretrained_folder
 from tools.rows import BadRows

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as nnf
 
+from edge_runtime.bundles.manifest import ProcessingEntry
 from edge_runtime.core.messages import Row
-from edge_runtime.manifest import ProcessingEntry
 from edge_runtime.processing.ngrams import NgramFeaturiser
 from tools.training.augment import is_unspaced, recombine
 from tools.training.data import Data

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge_runtime.manifest import CreditEntry
+from edge_runtime.bundles.manifest import CreditEntry
 from tools.training.data import Data
 from tools.training.edge import ALONE, Features, Recipe, features_for, featurised, fit
 from tools.training.edge_net import EdgeNet, Shape, logits_of

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.model import load_model
+from edge_runtime.loading.model import load_model
 from tools.calibration.error import Bin
 from tools.training.data import Data, rows_per_label
 from tools.training.loop import Epoch

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as nnf
 
-from edge_runtime.manifest import CreditEntry
+from edge_runtime.bundles.manifest import CreditEntry
 from tools.encoder import Encoder, load_pretrained, pretrained_folder
 from tools.pack import MINILM
 from tools.training.data import Part

@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import load_bundle
-from edge_runtime.manifest import CreditEntry
+from edge_runtime.bundles.folder import load_bundle
+from edge_runtime.bundles.manifest import CreditEntry
 from tools.pack import bundle_logits, labels_of
 from tools.rows import BadRows, shortened
 from tools.training.progress import Progress

@@ -1,0 +1,1 @@
+"""Bundles on disk: manifest, digests, signature, trust and the version floor."""

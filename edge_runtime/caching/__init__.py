@@ -1,0 +1,1 @@
+"""The two-level answer cache: memory above, one file on disk below."""

@@ -1,0 +1,63 @@
+"""Outcomes to bytes and back, for the level of the cache that outlives the process."""
+
+import msgspec
+import numpy as np
+
+from edge_runtime.core.messages import Answer, Array, Origin, Reason
+from edge_runtime.core.outcome import Outcome
+
+
+class _Value(msgspec.Struct, frozen=True, array_like=True):
+    dtype: str  # numpy's word with its byte order, or "" for text
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class _Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    reason: Reason
+    confidence: float | None
+    values: tuple[_Value, ...]
+    extras: tuple[_Value, ...]
+    cloud_version: str
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Kept)
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    """The bytes of what may be kept: answer, reason and the cloud's version. Arrays come back bit-equal."""
+    answer = outcome.answer
+    return _encoder.encode(
+        _Kept(
+            outcome.reason,
+            answer.confidence,
+            tuple(_pack(value) for value in answer.values),
+            tuple(_pack(value) for value in answer.extras),
+            outcome.cloud_version,
+        )
+    )
+
+
+def decode_outcome(raw: bytes) -> Outcome:
+    """The inverse of `encode_outcome`, as kept. Raises ValueError for bytes that are not one."""
+    try:
+        kept = _decoder.decode(raw)
+        extras = tuple(np.asarray(_unpack(value)) for value in kept.extras)
+        answer = Answer(tuple(_unpack(value) for value in kept.values), kept.confidence, extras)
+    except (msgspec.MsgspecError, RecursionError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    return Outcome(answer, Origin.CACHE, kept.reason, cloud_version=kept.cloud_version)
+
+
+def _pack(value: "bytes | Array | np.generic") -> _Value:
+    if isinstance(value, bytes):
+        return _Value("", (), value)
+    return _Value(value.dtype.str, value.shape, value.tobytes())
+
+
+def _unpack(value: _Value) -> "bytes | Array | np.generic":
+    if not value.dtype:
+        return value.data
+    array = np.frombuffer(value.data, np.dtype(value.dtype)).reshape(value.shape)
+    return array if value.shape else array[()]

@@ -1,0 +1,1 @@
+"""The key law, expiry and eviction of answers."""

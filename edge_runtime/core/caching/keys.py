@@ -1,0 +1,61 @@
+"""The key law of the answer cache: which requests may share an answer.
+
+A key is a keyed digest, so that neither a log nor a memory dump tells which command was asked, and so
+that no tenant can hit, probe or poison another tenant's entries.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from edge_runtime.core.messages import Scalar
+
+_KEY_SCHEMA = b"er-cache-v2"  # change whenever the fields below change
+#: Request parameters which steer how a request travels and can never change what the answer is.
+TRAVEL_PARAMETERS = frozenset({"timeout", "deadline_ms", "cache", "priority"})
+
+
+class KeyPrefix:
+    """Everything of a cache key but the row itself, hashed once and reused for each row.
+
+    | part               | why two requests that differ in it must not share an answer         |
+    |--------------------|----------------------------------------------------------------------|
+    | tenant secret      | timing would tell one tenant what another asked                      |
+    | model digest       | a new version never answers from the old one's entries               |
+    | processing version | the same text may become other tensors                               |
+    | engine             | another runner, its version or its batches may round otherwise       |
+    | policy             | another threshold, or a cloud where there was none, decides otherwise|
+    | parameters         | any parameter but TRAVEL_PARAMETERS may steer the answer             |
+    | requested outputs  | another selection is another answer                                  |
+    | row                | input names, datatypes, shapes and bytes, as the processor wrote it  |
+
+    Engine and policy stand still while a process lives; they matter to entries that outlive it.
+    """
+
+    def __init__(
+        self,
+        tenant_secret: bytes,
+        model_digest: str,
+        processing_version: str,
+        engine: str,
+        policy: str,
+        parameters: Mapping[str, Scalar],
+        outputs: Sequence[str],
+    ) -> None:
+        """Hash the parts; `tenant_secret` is 16 to 64 random bytes."""
+        self._hash = hashlib.blake2b(digest_size=16, key=tenant_secret, person=_KEY_SCHEMA)
+        fields = [model_digest, processing_version, engine, policy]
+        for name in sorted(parameters.keys() - TRAVEL_PARAMETERS):
+            value = parameters[name]
+            fields += [name, type(value).__name__, str(value)]
+        # The counts keep parameters and outputs apart; the lengths keep neighbours apart.
+        fields.append(str(len(fields)))
+        fields += outputs
+        for text in fields:
+            raw = text.encode("utf-8", "surrogatepass")
+            self._hash.update(len(raw).to_bytes(8, "little") + raw)
+
+    def key(self, row: bytes) -> bytes:
+        """The 16-byte key of one row: 128 bits leave accidental equality out of reach."""
+        keyed = self._hash.copy()
+        keyed.update(row)
+        return keyed.digest()

@@ -1,0 +1,1 @@
+"""Who runs together, when, on which engine, and who is refused."""

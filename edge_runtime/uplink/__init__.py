@@ -1,0 +1,1 @@
+"""The edge's side of escalation."""

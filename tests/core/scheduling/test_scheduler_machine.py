@@ -1,0 +1,226 @@
+"""The scheduler's invariants under any sequence of calls; `tests/guards.py` shows that each can fail."""
+
+import os
+import random
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from edge_runtime.core.errors import RefusalKind
+from edge_runtime.core.scheduling.scheduler import LEVELS, Policy, QueueLimits, Refuse, Scheduler
+
+MAX_BATCH, MAX_WAITING, MAX_BYTES = 4, 10, 100
+LADDER = ((1, 10), (2, 13), (4, 19))
+STEPS = {"taken": 0}
+#: Calls of the scheduler in one run of this file; with the cache's machine 200,000 in all.
+LEAST_STEPS = 100_000
+POLICIES = (
+    Policy(window_ns=0),
+    Policy(),
+    Policy(window_ns=15),
+    Policy(window_ns=0, duty_target=0.3, duty_wait_ns=60),
+)
+
+
+class Member:
+    """What this file knows of a request."""
+
+    def __init__(self, lane, tenant, priority, size, deadline):
+        self.lane, self.tenant, self.priority = lane, tenant, priority
+        self.size, self.deadline = size, deadline
+        self.is_staying = False
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Twins get the same calls; whatever one says is checked against a plain account of who waits and runs."""
+
+    @initialize(
+        policy=st.sampled_from(POLICIES), engines=st.sampled_from([(1,), (2,), (1, 2)]), ladder=st.booleans()
+    )
+    def begin(self, policy, engines, ladder):
+        limits = QueueLimits(MAX_BATCH, MAX_WAITING, MAX_BYTES, tenant_max_waiting=6)
+        self.policy, self.slots = policy, sum(engines)
+        self.depths, self.load = engines, [0] * len(engines)
+        self.twins = [
+            Scheduler(limits, policy, engines=engines, ladder=LADDER if ladder else ()) for _ in range(2)
+        ]
+        self.now, self.next_id = 10**10, 0
+        self.waiting, self.running, self.left = {}, {}, set()
+
+    def both(self, call):
+        STEPS["taken"] += 1
+        first, second = (call(twin) for twin in self.twins)
+        assert first == second, "the same calls give the same actions"
+        return first
+
+    @rule(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 12))
+    def do(self, seed, length):
+        chance = random.Random(seed)
+        for _ in range(length):
+            step = chance.choices((self.submit, self.cancel, self.poll, self.end), (5, 1, 3, 3))[0]
+            step(chance)
+
+    def submit(self, chance):
+        request_id, self.next_id = self.next_id, self.next_id + 1
+        deadline = None if chance.random() < 0.3 else self.now + chance.randint(-2, 90)
+        who = Member(
+            chance.choice("aab"),
+            chance.choice("xyz"),
+            chance.randrange(LEVELS),
+            chance.randint(0, 30),
+            deadline,
+        )
+        answer = self.both(
+            lambda s: s.submit(
+                self.now, request_id, who.lane, size_bytes=who.size, deadline_ns=who.deadline, tenant=who.tenant,
+                priority=who.priority,
+            )
+        )  # fmt: skip
+        is_full = (
+            len(self.waiting) >= MAX_WAITING
+            or sum(m.size for m in self.waiting.values()) + who.size > MAX_BYTES
+        )
+        if deadline is not None and deadline <= self.now:
+            assert answer.kind is RefusalKind.LATE
+        elif is_full:
+            assert answer.kind is RefusalKind.FULL, "the queue is bounded"
+        elif sum(m.tenant == who.tenant for m in self.waiting.values()) >= 6:
+            assert answer.kind is RefusalKind.QUOTA, "and each tenant's part of it"
+        elif answer is not None:
+            assert answer.kind is RefusalKind.LATE
+            assert deadline is not None, "only a deadline can be missed"
+        else:
+            self.waiting[request_id] = who
+        if answer is not None:
+            assert answer.id == request_id
+            assert answer.retry_after_ns is None or answer.retry_after_ns > 0
+
+    def cancel(self, chance):
+        if not self.next_id:
+            return
+        known = [*self.waiting, *(i for batch in self.running.values() for i in batch[1])]
+        request_id = (
+            chance.choice(known) if known and chance.random() < 0.8 else chance.randrange(self.next_id)
+        )
+        was_waiting = self.waiting.pop(request_id, None) is not None
+        assert self.both(lambda s: s.cancel(request_id)) == was_waiting
+        self.left.add(request_id)
+
+    def poll(self, chance):
+        self.now += chance.choice((0, 0, 1, 3, 10, 40))
+        predicted = {
+            (lane, rows, engine): self.twins[0].predicted_ns(lane, rows, engine)
+            for lane in "ab"
+            for rows in range(1, MAX_BATCH + 1)
+            for engine in range(len(self.depths))
+        }
+        fresh = {lane for _, members in self.running.values() for lane in [next(iter(members.values())).lane]}
+        for action in self.both(lambda s: s.poll(self.now)):
+            if isinstance(action, Refuse):
+                self.dropped(action)
+            else:
+                self.dispatched(action, predicted, action.lane in fresh)
+        self.settled()
+
+    def dropped(self, action):
+        member = self.waiting.pop(action.id)
+        assert action.kind is RefusalKind.LATE
+        assert member.deadline is not None
+        assert action.id not in self.left, "each leaves once"
+        self.left.add(action.id)
+
+    def dispatched(self, action, predicted, is_fresh):
+        assert 1 <= len(action.ids) <= MAX_BATCH, "a batch is bounded"
+        assert len(set(action.ids)) == len(action.ids)
+        staying = [i for i, m in self.waiting.items() if m.is_staying and m.lane == action.lane]
+        assert set(staying) <= set(action.ids) or len(action.ids) == MAX_BATCH, (
+            "members stay in their lane's steps"
+        )
+        members = {}
+        for request_id in action.ids:
+            member = members[request_id] = self.waiting.pop(request_id)
+            member.is_staying = False
+            assert member.lane == action.lane, "a batch has one lane"
+            assert request_id not in self.left, "each leaves once"
+        ends = self.now + predicted[action.lane, len(action.ids), action.engine]
+        if is_fresh:
+            assert all(m.deadline is None or m.deadline >= int(ends) for m in members.values()), "in time"
+        self.load[action.engine] += 1
+        assert self.load[action.engine] <= self.depths[action.engine], "an engine takes its depth at most"
+        assert action.batch_id not in self.running
+        self.running[action.batch_id] = (action.engine, members)
+
+    def settled(self):
+        """After a poll: no free engine beside work except in a window, and a wake-up that comes in time."""
+        wakeup = self.both(lambda s: s.next_wakeup_ns())
+        assert self.twins[0].waiting == len(self.waiting)
+        assert self.twins[0].waiting_bytes == sum(m.size for m in self.waiting.values())
+        assert self.twins[0].running_batches == len(self.running)
+        deadlines = [m.deadline for m in self.waiting.values() if m.deadline is not None]
+        if deadlines:
+            assert wakeup is not None, "nobody waits unseen"
+            assert wakeup <= min(deadlines)
+        if self.waiting and len(self.running) < self.slots:
+            has_window = self.policy.window_ns != 0 or self.policy.duty_target is not None
+            assert has_window, "an engine never idles beside work"
+            assert wakeup is not None
+            assert wakeup > self.now
+            if self.policy.duty_target is None:
+                assert len({m.lane for m in self.waiting.values()}) == 1
+                assert len(self.waiting) < MAX_BATCH, "nobody waits for a full batch"
+        assert all(m.deadline is None or m.deadline > self.now for m in self.waiting.values()), (
+            "the late are told"
+        )
+
+    def end(self, chance):
+        if not self.running:
+            return
+        batch_id = chance.choice([*self.running])
+        engine, members = self.running.pop(batch_id)
+        self.load[engine] -= 1
+        self.now += chance.choice((0, 1, 5, 12))
+        duration = chance.choice((None, 8, 10, 12, 20, 30))
+        stay = {i for i in members if i not in self.left and chance.random() < 0.25}
+        self.both(lambda s: s.batch_done(self.now, batch_id, duration, staying=stay))
+        for request_id, member in members.items():
+            if request_id in stay:
+                member.is_staying = True
+                self.waiting[request_id] = member
+            else:
+                self.left.add(request_id)
+
+    def teardown(self):
+        """Everybody who is left is served or refused in bounded time, after a drain at that."""
+        if not hasattr(self, "twins"):
+            return
+        self.both(lambda s: s.drain())
+        chance = random.Random(0)
+        for _ in range(200):
+            if not self.waiting and not self.running:
+                break
+            for batch_id in [*self.running]:
+                engine, members = self.running.pop(batch_id)
+                self.load[engine] -= 1
+                self.left |= set(members)
+                self.both(lambda s, b=batch_id: s.batch_done(self.now, b, 10))
+            self.now += 5
+            self.poll(chance)
+        assert not self.waiting, "nobody starves"
+        assert self.left == set(range(self.next_id)) - (set(range(self.next_id)) - self.left)
+
+
+SchedulerMachine.TestCase.settings = settings(
+    settings.default,  # `soak` and `guards` differ in more than the number of examples
+    max_examples=10 * settings.default.max_examples,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=os.environ.get("EDGE_RUNTIME_TESTS")
+    != "soak",  # the same steps in every run, new ones in a soak
+    print_blob=True,
+)
+TestScheduler = SchedulerMachine.TestCase
+
+
+def test_enough_steps_were_taken():
+    assert STEPS["taken"] >= LEAST_STEPS
