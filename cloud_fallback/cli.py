@@ -142,7 +142,7 @@ async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "
                 tenant_engine_share=config.tenant_engine_share,
             ),
             policy_of(config.window),
-            ladder=model.ladder,
+            latency_profile=model.latency_profile,
             depth=config.depth,
             renew=renew,
         )

@@ -212,8 +212,8 @@ def _serve(model: Model, config: Config, renew: Callable[[], Engine]) -> ServedM
             duty_target=batch.duty_target,
             duty_wait_ns=int(batch.duty_wait_ms * 1e6),
         ),
-        ladder=model.ladder,
-        is_inline=model.ladder[0][1] <= INLINE_LIMIT_NS,
+        latency_profile=model.latency_profile,
+        is_inline=model.latency_profile[0][1] <= INLINE_LIMIT_NS,
         renew=renew,
     )
     info = model.info

@@ -18,7 +18,7 @@ from edge_runtime.core.scheduling.scheduler import Dispatch, QueueLimits, Refuse
 from edge_runtime.core.scheduling.windows import Policy
 from edge_runtime.serving.engine_thread import EngineThread
 
-#: A model of 100 microseconds; the ladder keeps admission and splitting at work.
+#: A model of 100 microseconds; the latency profile keeps admission and splitting at work.
 LADDER = tuple((rows, 90_000 + 10_000 * rows) for rows in (1, 2, 4, 8, 16, 32))
 ROUNDS = 60
 AS_DRIVEN = Policy(
@@ -28,7 +28,7 @@ AS_DRIVEN = Policy(
 
 def submit_to_dispatch(deep: int, tenants: int, *, max_batch: int, has_deadlines: bool) -> float:
     """Microseconds of processor time per request: queue `deep` of them, then dispatch and end all."""
-    scheduler = Scheduler(QueueLimits(max_batch, max_waiting=2 * deep), AS_DRIVEN, ladder=LADDER)
+    scheduler = Scheduler(QueueLimits(max_batch, max_waiting=2 * deep), AS_DRIVEN, latency_profile=LADDER)
     chance = random.Random(0)
     now, request_id, spent = 1_000_000_000, 0, []
     for _ in range(ROUNDS):
@@ -56,7 +56,7 @@ def submit_to_dispatch(deep: int, tenants: int, *, max_batch: int, has_deadlines
 
 def refusal_p99() -> float:
     """The 99th percentile of refusing one request, in microseconds of processor time, behind a queue of 512."""
-    scheduler = Scheduler(QueueLimits(32, max_waiting=512), ladder=LADDER)
+    scheduler = Scheduler(QueueLimits(32, max_waiting=512), latency_profile=LADDER)
     now, spent = 1_000_000_000, []
     for request_id in range(600):
         scheduler.submit(now, request_id, "lane", tenant=str(request_id % 4), deadline_ns=now + 10**9)

@@ -56,7 +56,7 @@ def print_manifest(tree: dict[str, Any]) -> None:
             [key, text if len(text) <= 160 else f"{text[:150]}... ({len(text)} characters; see --json)"]
         )
     _print("bundle", ["field", "value"], rows)
-    steps = ", ".join(f"{count} in {us:g} us" for count, us in loaded.pop("ladder_us"))
+    steps = ", ".join(f"{count} in {us:g} us" for count, us in loaded.pop("batch_latency_us"))
     _print("loaded", ["field", "value"], [*loaded.items(), ["batches", steps]])
 
 

@@ -12,7 +12,7 @@ Array = NDArray[Any]
 #: What one row of a batch is to an engine: one array per model input or output, without the batch axis.
 Row = tuple[Array, ...]
 #: What batches cost: (rows, median nanoseconds), by rising rows.
-Ladder = tuple[tuple[int, int], ...]
+LatencyProfile = tuple[tuple[int, int], ...]
 
 #: Datatype words of the Open Inference Protocol and what they are in memory: little-endian, as on the wire.
 #: BYTES has no array type, and BF16 none in numpy.
@@ -171,7 +171,7 @@ class ModelInfo:
     batch_note: str = ""  # why it runs single rows although its bundle allows more
     load_ns: int = 0
     memory_bytes: int | None = None  # at most, beside the runner's own; None where it was not measured
-    ladder: Ladder = ()
+    latency_profile: LatencyProfile = ()
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What engines with prepared buffers share: one set per row shape and ladder step, checks of rows, zeroed padding.
+"""What engines with prepared buffers share: one set per row shape and prepared size, checks of rows, zeroed padding.
 
 Subclasses know a runtime; this module knows none.
 """

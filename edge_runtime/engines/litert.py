@@ -1,6 +1,6 @@
 """The only door to LiteRT, or to its predecessor where that has no wheel: verified bytes in, answers out.
 
-One interpreter per bucket and ladder step, made when first needed: a change of size of one interpreter costs 7 us
+One interpreter per bucket and prepared size, made when first needed: a change of size of one interpreter costs 7 us
 with LiteRT 2.3 and 1 ms with tflite-runtime 2.14, which then prepares every weight anew, while a second
 interpreter of a small model costs 4 ms once and below 1 MB. All share the bytes of the model.
 """

@@ -1,4 +1,4 @@
-"""The only door to onnxruntime: a session over verified bytes, with buffers bound once per bucket and ladder step.
+"""The only door to onnxruntime: a session over verified bytes, with buffers bound once per bucket and prepared size.
 
 A plain `run()` of a tiny model spends most of its time on checking and allocating; binding inputs and outputs
 to arrays of ours once, writing rows in place and running costs about half.

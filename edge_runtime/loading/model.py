@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from edge_runtime.bundles.folder import Bundle, Trust, find_bundle, load_bundle
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
-from edge_runtime.core.messages import Ladder, ModelInfo
+from edge_runtime.core.messages import LatencyProfile, ModelInfo
 from edge_runtime.engines import Engine
-from edge_runtime.loading.prepare import measure_ladder, prepare, unfit
+from edge_runtime.loading.prepare import measure_latency_profile, prepare, unfit
 from edge_runtime.loading.sandbox_messages import Report
 from edge_runtime.loading.trial_record import FirstLoads
 from edge_runtime.processing import Processor
@@ -26,7 +26,7 @@ _WARM_UP_NS = 100_000_000
 class Model:
     """What a lane serves. `accept_threshold` None means that no answer is ever escalated as unsure.
 
-    `ladder` is what batches cost, by rising rows; `memory_bytes` the most it took in its trial, None where it
+    `latency_profile` is what batches cost, by rising rows; `memory_bytes` the most it took in its trial, None where it
     had none; `batch_note` why it runs single rows although its bundle allows more.
     """
 
@@ -43,7 +43,7 @@ class Model:
     manifest: Manifest
     stored_bytes: int
     signed_by: str | None
-    ladder: Ladder
+    latency_profile: LatencyProfile
     load_ns: int
     memory_bytes: int | None = None
     batch_note: str = ""
@@ -63,7 +63,7 @@ class Model:
             batch_note=self.batch_note,
             load_ns=self.load_ns,
             memory_bytes=self.memory_bytes,
-            ladder=self.ladder,
+            latency_profile=self.latency_profile,
         )
 
 
@@ -132,12 +132,14 @@ def build_model(
     load_ns = time.perf_counter_ns() - started_ns
     engine = prepared.engine
     try:
-        ladder = measure_ladder(prepared, _WARM_UP_NS)
+        latency_profile = measure_latency_profile(prepared, _WARM_UP_NS)
     except EngineFailed as error:
         engine.close()
         raise unfit(manifest, error) from None
     if report is not None:
-        ladder += tuple(step for step in report.ladder if ladder[-1][0] < step[0] <= engine.max_batch)
+        latency_profile += tuple(
+            step for step in report.latency_profile if latency_profile[-1][0] < step[0] <= engine.max_batch
+        )
     calibration = manifest.calibration
     model = Model(
         name=manifest.name,
@@ -153,7 +155,7 @@ def build_model(
         manifest=manifest,
         stored_bytes=bundle.stored_bytes,
         signed_by=bundle.signed_by,
-        ladder=ladder,
+        latency_profile=latency_profile,
         load_ns=load_ns,
         memory_bytes=None if report is None else report.memory_bytes,
         batch_note=prepared.batch_note,
@@ -175,7 +177,7 @@ def cost_of(info: ModelInfo) -> dict[str, object]:
         "batch_note": info.batch_note,
         "memory_mb": None if info.memory_bytes is None else round(info.memory_bytes / 1e6, 1),
         "load_ms": round(info.load_ns / 1e6, 1),
-        "ladder_us": [[rows, round(ns / 1e3, 1)] for rows, ns in info.ladder],
+        "batch_latency_us": [[rows, round(ns / 1e3, 1)] for rows, ns in info.latency_profile],
     }
 
 
@@ -184,7 +186,7 @@ def _tell(model: Model) -> None:
     _log.info(
         "event=model_loaded model=%s version=%s digest=%.12s load_ms=%.1f memory_mb=%s max_batch=%d row_us=%.0f",
         model.name, model.version, model.digest, model.load_ns / 1e6, memory, model.max_batch,
-        model.ladder[0][1] / 1e3,
+        model.latency_profile[0][1] / 1e3,
     )  # fmt: skip
     if model.batch_note:
         _log.warning("event=batches_denied model=%s why=%r", model.name, model.batch_note)

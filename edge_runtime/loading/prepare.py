@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
-from edge_runtime.core.messages import DTYPES, Ladder, Row, Tensor
+from edge_runtime.core.messages import DTYPES, LatencyProfile, Row, Tensor
 from edge_runtime.engines import Engine
 from edge_runtime.engines.build import build_engine
 from edge_runtime.processing import Processor
@@ -22,7 +22,7 @@ from edge_runtime.processing.build import build_processor
 #: Other kernels for other batch sizes round differently, near 1e-7 of a value; scales shared by a batch
 #: show at 1e-2. Anything between is not expected, and counts as dependence.
 _TOLERANCE = 1e-5
-#: A step of the ladder is timed up to nine times, but for no longer than this.
+#: A prepared size is timed up to nine times, but for no longer than this.
 _STEP_NS = 5_000_000
 _PROBE_TEXTS = (
     "turn the lights off",
@@ -76,7 +76,7 @@ def unfit(manifest: Manifest, error: EngineFailed) -> BundleError:
     return BundleError(f"bundle {manifest.name!r} does not fit its model: {error}")
 
 
-def measure_ladder(prepared: Prepared, budget_ns: int | None = None) -> Ladder:
+def measure_latency_profile(prepared: Prepared, budget_ns: int | None = None) -> LatencyProfile:
     """Run 1, 2, 4, ... rows up to the largest batch, which warms each step up, and time each: (rows, median ns).
 
     A step that the budget has no room for, judged by the one before it, is left out with those above it.
@@ -85,16 +85,16 @@ def measure_ladder(prepared: Prepared, budget_ns: int | None = None) -> Ladder:
     engine = prepared.engine
     alike = _of_first_shape(prepared.probes)
     started_ns = time.perf_counter_ns()
-    ladder: list[tuple[int, int]] = []
+    latency_profile: list[tuple[int, int]] = []
     for count in _steps(engine.max_batch):
         spent_ns = time.perf_counter_ns() - started_ns
         # A step costs its first run, which binds buffers, and one to time it: of up to twice as many rows.
-        if budget_ns is not None and ladder and spent_ns + 4 * ladder[-1][1] > budget_ns:
+        if budget_ns is not None and latency_profile and spent_ns + 4 * latency_profile[-1][1] > budget_ns:
             break
         batch = list(islice(cycle(alike), count))
         engine.run(batch)
-        ladder.append((count, _median_ns(engine, batch)))
-    return tuple(ladder)
+        latency_profile.append((count, _median_ns(engine, batch)))
+    return tuple(latency_profile)
 
 
 def run_every_shape(prepared: Prepared) -> None:
@@ -103,7 +103,7 @@ def run_every_shape(prepared: Prepared) -> None:
     by_shape: dict[tuple[tuple[int, ...], ...], list[Row]] = {}
     for row in prepared.probes:
         by_shape.setdefault(_shapes(row), []).append(row)
-    for rows in list(by_shape.values())[1:]:  # the first is the ladder's
+    for rows in list(by_shape.values())[1:]:  # the first shape was run by `measure_latency_profile`
         engine.run(list(islice(cycle(rows), engine.max_batch)))
 
 

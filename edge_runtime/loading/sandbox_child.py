@@ -18,7 +18,7 @@ import msgspec
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.engines.build import engine_version
-from edge_runtime.loading.prepare import measure_ladder, prepare, run_every_shape, unfit
+from edge_runtime.loading.prepare import measure_latency_profile, prepare, run_every_shape, unfit
 from edge_runtime.loading.sandbox_messages import READY, Question, Report, Verdict
 
 _PDEATHSIG = 1  # of prctl(2)
@@ -64,7 +64,7 @@ def attempt(
         prepared = prepare(manifest, files, threads=threads, max_batch=max_batch)
         load_ns = time.perf_counter_ns() - started_ns
         try:
-            ladder = measure_ladder(prepared)
+            latency_profile = measure_latency_profile(prepared)
             run_every_shape(prepared)
         except EngineFailed as error:
             raise unfit(manifest, error) from error
@@ -75,7 +75,7 @@ def attempt(
         Report(
             load_ns=load_ns,
             memory_bytes=max(0, peak_bytes() - before_bytes),
-            ladder=ladder,
+            latency_profile=latency_profile,
             max_batch=engine.max_batch,
             is_batch_invariant=engine.is_batch_invariant,
             batch_note=prepared.batch_note,

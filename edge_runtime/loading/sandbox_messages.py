@@ -3,7 +3,7 @@
 import msgspec
 
 from edge_runtime.bundles.manifest import Manifest
-from edge_runtime.core.messages import Ladder
+from edge_runtime.core.messages import LatencyProfile
 
 #: What the child prints once it is set up: from then on, whatever ends it is the model's doing.
 READY = b"ready\n"
@@ -30,7 +30,7 @@ class Report(msgspec.Struct, frozen=True):
 
     load_ns: int
     memory_bytes: int
-    ladder: Ladder
+    latency_profile: LatencyProfile
     max_batch: int
     is_batch_invariant: bool
     batch_note: str = ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
-from edge_runtime.core.messages import Answer, Ladder, ModelStatistics, Row
+from edge_runtime.core.messages import Answer, LatencyProfile, ModelStatistics, Row
 from edge_runtime.core.scheduling.scheduler import NORMAL, Dispatch, QueueLimits, Refuse, Scheduler
 from edge_runtime.core.scheduling.windows import Policy
 from edge_runtime.engines import Engine, StepEngine
@@ -94,7 +94,7 @@ class ModelRunner:
         limits: QueueLimits | None = None,
         policy: Policy | None = None,
         *,
-        ladder: Ladder = (),
+        latency_profile: LatencyProfile = (),
         depth: int = 1,
         is_inline: bool = False,
         is_stepwise: bool = False,
@@ -103,7 +103,7 @@ class ModelRunner:
     ) -> None:
         """Take ownership of the engines, which are alike; each is handed `depth` batches at a time.
 
-        `ladder` is what batches were measured to cost. `is_inline` runs batches of the only engine on the event loop:
+        `latency_profile` is what batches were measured to cost. `is_inline` runs batches of the only engine on the event loop:
         right below INLINE_LIMIT_NS. `is_stepwise` says that they are StepEngines. `renew` loads another engine for one
         that has not returned within `hang_limit_s`; it is called in a thread.
         """
@@ -115,7 +115,7 @@ class ModelRunner:
             replace(limits, max_batch=min(limits.max_batch, *[engine.max_batch for engine in each])),
             replace(policy or Policy(), tick_ns=_TICK_NS),
             engines=[depth] * len(each),
-            ladder=ladder,
+            latency_profile=latency_profile,
         )
         self._slots = [
             _Slot(engine, None if is_inline else EngineThread(f"engine-{name}-{i}"))

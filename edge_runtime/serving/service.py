@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from edge_runtime.caching.two_level import Recall, Store
 from edge_runtime.core.caching.cache import Cache
-from edge_runtime.core.caching.keys import TRAVEL_PARAMETERS, KeyPrefix
+from edge_runtime.core.caching.keys import ROUTING_PARAMETERS, KeyPrefix
 from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel
 from edge_runtime.core.escalation.decision import CloudUnavailable, decide, may_hand_over
 from edge_runtime.core.messages import (
@@ -53,8 +53,8 @@ class ServedModel:
     @property
     def row_ns(self) -> int:
         """What one row costs, as measured at its load."""
-        ladder = self.info.ladder
-        return ladder[0][1] if ladder else 0
+        latency_profile = self.info.latency_profile
+        return latency_profile[0][1] if latency_profile else 0
 
 
 class _Abandoned(Exception):  # noqa: N818 - a signal between callers, never seen outside
@@ -231,7 +231,7 @@ class Service:
         values: tuple[str, ...] = ()
         if parameters:  # repr: 1, 1.0, True and "1" differ, and so do 0.0 and -0.0
             values = tuple(
-                f"{name}={value!r}" for name, value in parameters.items() if name not in TRAVEL_PARAMETERS
+                f"{name}={value!r}" for name, value in parameters.items() if name not in ROUTING_PARAMETERS
             )
         memo = (tenant, served.info.digest, values, outputs)
         prefix = self._prefixes.get(memo)

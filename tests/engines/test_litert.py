@@ -174,7 +174,7 @@ def test_the_self_test_finds_rows_that_depend_on_others(tmp_path):
 def test_the_first_load_is_tried_in_a_child(folder):
     tried = load_model(folder, first_loads=FirstLoads(None))
     assert 1_000_000 < tried.memory_bytes < 50_000_000
-    assert [rows for rows, _ in tried.ladder] == [1, 2, 4, 8, 16, 32, 64]
+    assert [rows for rows, _ in tried.latency_profile] == [1, 2, 4, 8, 16, 32, 64]
 
 
 def test_a_memory_bomb_ends_with_its_child(tmp_path):

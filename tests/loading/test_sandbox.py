@@ -28,7 +28,7 @@ from edge_runtime.config import (
 from edge_runtime.core.errors import BundleError
 from edge_runtime.loading import sandbox
 from edge_runtime.loading.model import load_model
-from edge_runtime.loading.prepare import measure_ladder, prepare
+from edge_runtime.loading.prepare import measure_latency_profile, prepare
 from edge_runtime.loading.sandbox import Attempt, Ended, Limits
 from edge_runtime.loading.trial_record import FirstLoads
 from edge_runtime.runtime import Runtime
@@ -373,7 +373,7 @@ def test_what_a_model_costs_is_told_everywhere(tmp_path, caplog):
     (model,) = status["models"]
     assert model["memory_mb"] > 1
     assert model["load_ms"] > 0
-    assert [rows for rows, _ in model["ladder_us"]] == [1, 2, 4]
+    assert [rows for rows, _ in model["batch_latency_us"]] == [1, 2, 4]
     gauge = re.search(r'edge_model_memory_bytes{model="commands"} (\S+)', metrics)
     assert round(float(gauge[1]) / 1e6, 1) == model["memory_mb"]
     assert 'edge_model_load_seconds{model="commands"} 0.' in metrics
@@ -383,7 +383,7 @@ def test_what_a_model_costs_is_told_everywhere(tmp_path, caplog):
         return CliRunner().invoke(main, ["models", *words])
 
     shown = json.loads(run("show", "commands", "--json").output)["loaded"]
-    assert [rows for rows, _ in shown["ladder_us"]] == [1, 2, 4, 8]
+    assert [rows for rows, _ in shown["batch_latency_us"]] == [1, 2, 4, 8]
     assert shown["memory_mb"] == model["memory_mb"]
     assert json.loads(run("list", "--json").output)[0]["memory_mb"] == model["memory_mb"]
     assert "1 in " in run("show", "commands").output
@@ -393,21 +393,21 @@ def test_what_a_model_costs_is_told_everywhere(tmp_path, caplog):
 def test_a_warm_up_within_its_budget_leaves_the_rest_to_the_trial(tiny):
     bundle = load_bundle(tiny)
     prepared = prepare(bundle.manifest, bundle.files, max_batch=8)
-    assert [rows for rows, _ in measure_ladder(prepared)] == [1, 2, 4, 8]
-    assert [rows for rows, _ in measure_ladder(prepared, 0)] == [1]
-    assert all(ns > 0 for _, ns in measure_ladder(prepared))
+    assert [rows for rows, _ in measure_latency_profile(prepared)] == [1, 2, 4, 8]
+    assert [rows for rows, _ in measure_latency_profile(prepared, 0)] == [1]
+    assert all(ns > 0 for _, ns in measure_latency_profile(prepared))
     odd = prepare(bundle.manifest, bundle.files, max_batch=6)
-    assert [rows for rows, _ in measure_ladder(odd)] == [1, 2, 4, 6]
+    assert [rows for rows, _ in measure_latency_profile(odd)] == [1, 2, 4, 6]
     single = prepare(bundle.manifest, bundle.files, max_batch=1)
-    assert [rows for rows, _ in measure_ladder(single)] == [1]
+    assert [rows for rows, _ in measure_latency_profile(single)] == [1]
 
 
 def test_a_shipped_model_warms_up_quickly():
     """Its start may not feel it: a hundred milliseconds at most, of which a small model needs a few."""
     bundle = load_bundle(find_bundle("commands"))
     prepared = prepare(bundle.manifest, bundle.files, max_batch=8)
-    ladder = measure_ladder(prepared, 100_000_000)
-    assert [rows for rows, _ in ladder] == [1, 2, 4, 8]
+    latency_profile = measure_latency_profile(prepared, 100_000_000)
+    assert [rows for rows, _ in latency_profile] == [1, 2, 4, 8]
 
 
 def test_a_dependent_model_is_said_aloud_once(tmp_path, caplog):

@@ -193,7 +193,7 @@ def test_after_a_restart_only_what_would_be_computed_alike_is_found_on_disk(mode
     """Same secret, same store, same question; one thing about the process differs."""
 
     async def scenario():
-        info = replace(model.info, ladder=((1, 10**9),))
+        info = replace(model.info, latency_profile=((1, 10**9),))
         store = Memory()
         await service_of(served(model, sure=True, info=info, engine=None), store=store).infer(
             "commands", None, text()
@@ -227,7 +227,9 @@ def numbers(dtype, width, engine=None):
     signature = Signature((TensorSpec("x", dtype, (-1, -1)),), (TensorSpec("y", "FP32", (-1, width)),))
     processor = Tensors(signature, version="1")
     engine = engine or FakeEngine(lambda row: (embedding(row[0], width),))
-    info = ModelInfo("numbers", "1", "fake", signature, 64, True, "d" * 64, None, ladder=((1, 10**9),))
+    info = ModelInfo(
+        "numbers", "1", "fake", signature, 64, True, "d" * 64, None, latency_profile=((1, 10**9),)
+    )
     return ServedModel(info, processor, ModelRunner("numbers", processor, engine, is_inline=True))
 
 
@@ -552,7 +554,7 @@ def test_tenants_do_not_wait_for_each_other(model):
 def test_the_disk_is_asked_before_a_model_only_if_that_costs_ten_look_ups(model, row_ns, lookup_ns, is_asked):
     async def scenario():
         store = Memory(lookup_ns)
-        one = served(model, sure=True, info=replace(model.info, ladder=((1, row_ns),)))
+        one = served(model, sure=True, info=replace(model.info, latency_profile=((1, row_ns),)))
         service = service_of(one, store=store)
         await service.ask("x")
         assert (store.asked, len(store.kept)) == ((1, 1) if is_asked else (0, 0))
@@ -627,7 +629,7 @@ def test_a_find_on_disk_is_not_kept_anew(model):
 def test_private_answers_stay_off_the_disk(model):
     async def scenario():
         store = Memory()
-        one = served(model, sure=True, info=replace(model.info, ladder=((1, 10**9),)))
+        one = served(model, sure=True, info=replace(model.info, latency_profile=((1, 10**9),)))
         service = service_of(one, store=store)
         await service.ask("x", is_private=True)
         assert not store.kept

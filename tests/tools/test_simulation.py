@@ -70,7 +70,7 @@ def test_noise_keeps_the_mean_throttling_slows_and_padding_rounds_up():
     assert [slowing.duration_ns(now, 1, rng) for now in (4, 5)] == [2 * MS, 6 * MS]
     padding = Engine(1 * MS, 1 * MS, max_batch=6, pads=True)
     assert [padding.cost_ns(rows) // MS - 1 for rows in (1, 2, 3, 5, 6)] == [1, 2, 4, 6, 6]
-    assert padding.ladder() == ((1, 2 * MS), (2, 3 * MS), (4, 5 * MS), (6, 7 * MS))
+    assert padding.latency_profile() == ((1, 2 * MS), (2, 3 * MS), (4, 5 * MS), (6, 7 * MS))
 
 
 def test_bentoml_looks_each_millisecond_and_gives_up_the_oldest():

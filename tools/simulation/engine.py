@@ -26,7 +26,7 @@ class Engine:
             rows = min(1 << (rows - 1).bit_length(), self.max_batch)
         return self.fixed_ns + self.marginal_ns * rows
 
-    def ladder(self) -> tuple[tuple[int, int], ...]:
+    def latency_profile(self) -> tuple[tuple[int, int], ...]:
         """What a warm-up sweep would measure: `(rows, nanoseconds)` of the powers of two and the most."""
         sizes = {1 << i for i in range(self.max_batch.bit_length())} | {self.max_batch}
         return tuple((rows, self.cost_ns(rows)) for rows in sorted(sizes))

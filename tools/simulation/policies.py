@@ -37,7 +37,7 @@ def rules(case: Case) -> dict[str, Callable[[], Rule]]:
     limits = QueueLimits(max_batch=engine.max_batch, tenant_max_waiting=per_tenant)
 
     def scheduler(policy: Policy) -> Callable[[], Rule]:
-        return lambda: Scheduler(limits, policy, ladder=engine.ladder(), pads=engine.pads)
+        return lambda: Scheduler(limits, policy, latency_profile=engine.latency_profile(), pads=engine.pads)
 
     made: dict[str, Callable[[], Rule]] = {name: scheduler(policy) for name, policy in POLICIES.items()}
     made[PLAIN] = lambda: Natural(engine.max_batch)

@@ -11,7 +11,7 @@ from edge_runtime.core.messages import Scalar
 
 _KEY_SCHEMA = b"er-cache-v2"  # change whenever the fields below change
 #: Request parameters which steer how a request travels and can never change what the answer is.
-TRAVEL_PARAMETERS = frozenset({"timeout", "deadline_ms", "cache", "priority"})
+ROUTING_PARAMETERS = frozenset({"timeout", "deadline_ms", "cache", "priority"})
 
 
 class KeyPrefix:
@@ -24,7 +24,7 @@ class KeyPrefix:
     | processing version | the same text may become other tensors                               |
     | engine             | another runner, its version or its batches may round otherwise       |
     | policy             | another threshold, or a cloud where there was none, decides otherwise|
-    | parameters         | any parameter but TRAVEL_PARAMETERS may steer the answer             |
+    | parameters         | any parameter but ROUTING_PARAMETERS may steer the answer             |
     | requested outputs  | another selection is another answer                                  |
     | row                | input names, datatypes, shapes and bytes, as the processor wrote it  |
 
@@ -44,7 +44,7 @@ class KeyPrefix:
         """Hash the parts; `tenant_secret` is 16 to 64 random bytes."""
         self._hash = hashlib.blake2b(digest_size=16, key=tenant_secret, person=_KEY_SCHEMA)
         fields = [model_digest, processing_version, engine, policy]
-        for name in sorted(parameters.keys() - TRAVEL_PARAMETERS):
+        for name in sorted(parameters.keys() - ROUTING_PARAMETERS):
             value = parameters[name]
             fields += [name, type(value).__name__, str(value)]
         # The counts keep parameters and outputs apart; the lengths keep neighbours apart.

@@ -7,7 +7,7 @@ nanoseconds; a prediction is a float. No clock: durations are arguments.
 
 from collections.abc import Sequence
 
-from edge_runtime.core.messages import Ladder
+from edge_runtime.core.messages import LatencyProfile
 
 #: Observations that a figure of the warm-up sweep counts for; after that the first real ones weigh 1/3, 1/4, ...
 _PRIOR_WEIGHT = 2
@@ -25,16 +25,16 @@ _DRIFT = 0.1
 
 
 class BatchCosts:
-    """Mean and 99th percentile of one lane's batches at speed 1, by the ladder's sizes.
+    """Mean and 99th percentile of one lane's batches at speed 1, by the prepared sizes.
 
-    A batch of `rows` costs what the next larger size of the ladder costs, where engines pad up to it. Sizes never
+    A batch of `rows` costs what the next larger prepared size costs, where engines pad up to it. Sizes never
     seen are an affine function of those that were (t(b) = fixed + marginal * b, least squares).
     """
 
     __slots__ = ("_index", "_noted", "deviations", "means", "p99s", "seen", "sizes", "version")
 
-    def __init__(self, max_batch: int, prior: Ladder = (), *, pads: bool = True) -> None:
-        self.sizes = ladder_sizes(max_batch) if pads else tuple(range(1, max_batch + 1))
+    def __init__(self, max_batch: int, prior: LatencyProfile = (), *, pads: bool = True) -> None:
+        self.sizes = prepared_sizes(max_batch) if pads else tuple(range(1, max_batch + 1))
         self._index = [
             0,
             *(i for i, size in enumerate(self.sizes) for _ in range(size - _below(self.sizes, i))),
@@ -132,7 +132,7 @@ class Speed:
         self.factor += _SPEED_WEIGHT * (ratio - self.factor)
 
 
-def ladder_sizes(max_batch: int) -> tuple[int, ...]:
+def prepared_sizes(max_batch: int) -> tuple[int, ...]:
     """The sizes that engines prepare: powers of two and the most."""
     sizes = [1]
     while sizes[-1] * 2 < max_batch:

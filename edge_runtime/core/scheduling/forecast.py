@@ -37,7 +37,7 @@ class Forecast:
         self.row_ns = self.batch_ns = self.single_ns = 0.0
 
     def new_lane(self, key: Hashable) -> Lane:
-        """Begin a lane, with the ladder's costs; one that has nothing waiting may be forgotten for it."""
+        """Begin a lane, with the costs of the latency profile; one that has nothing waiting may be forgotten for it."""
         if len(self.lanes) >= _REMEMBERED:
             idle = [lane for lane in self.lanes.values() if not lane.waiting and not lane.running]
             if idle:

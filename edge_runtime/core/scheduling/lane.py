@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 
-from edge_runtime.core.messages import Ladder
+from edge_runtime.core.messages import LatencyProfile
 from edge_runtime.core.scheduling.batch_costs import BatchCosts
 from edge_runtime.core.scheduling.learned_window import Linger
 from edge_runtime.core.scheduling.splitting import Split
@@ -31,10 +31,16 @@ class Lane:
     )
 
     def __init__(
-        self, key: Hashable, max_batch: int, ladder: Ladder, least_window_ns: int = 0, *, pads: bool = True
+        self,
+        key: Hashable,
+        max_batch: int,
+        latency_profile: LatencyProfile,
+        least_window_ns: int = 0,
+        *,
+        pads: bool = True,
     ) -> None:
         self.key = key
-        self.costs = BatchCosts(max_batch, ladder, pads=pads)
+        self.costs = BatchCosts(max_batch, latency_profile, pads=pads)
         self.linger = Linger(least_window_ns)
         self.waiting = 0
         self.running = 0

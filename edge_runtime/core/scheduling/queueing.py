@@ -1,6 +1,6 @@
 """What waits, and in which order it is served: priority levels, tenants in turns, deadlines.
 
-    Level (strict, with ageing) -> Share (one tenant, takes turns) -> Queue (one lane, earliest deadline first)
+    PriorityClass (strict, with ageing) -> Flow (one tenant, takes turns) -> Queue (one lane, earliest deadline first)
 
 Turns are start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): each tenant has a virtual time, which a
 batch moves on by the engine time the tenant's rows took, and the one least far goes next. It shares out
@@ -42,7 +42,7 @@ class Queue:
 
     __slots__ = ("entries", "keys", "lane", "share")
 
-    def __init__(self, share: "Share", lane: Lane) -> None:
+    def __init__(self, share: "Flow", lane: Lane) -> None:
         self.share = share
         self.lane = lane
         self.keys: list[int] = []
@@ -80,12 +80,12 @@ class Queue:
             self.share.level.detach(self)
 
 
-class Share:
+class Flow:
     """One tenant at one level: its queues, and its virtual time, in nanoseconds of engine time."""
 
     __slots__ = ("level", "queues", "tenant", "virtual_ns")
 
-    def __init__(self, level: "Level", tenant: str) -> None:
+    def __init__(self, level: "PriorityClass", tenant: str) -> None:
         self.level = level
         self.tenant = tenant
         self.queues: dict[Lane, Queue] = {}  # none of them empty
@@ -102,7 +102,7 @@ class Share:
         return next(iter(queues)) if len(queues) == 1 else min(queues, key=_head_key)
 
 
-class Level:
+class PriorityClass:
     """One priority and the tenants that wait in it. `since_ns`: when it last had a turn, or began to wait.
 
     `credit_ns` is how far behind the others a tenant may begin that had less of the engine than its part: a few requests
@@ -112,7 +112,7 @@ class Level:
     __slots__ = ("_ahead", "_clock_ns", "by_lane", "credit_ns", "shares", "since_ns", "waiting")
 
     def __init__(self) -> None:
-        self.shares: dict[str, Share] = {}
+        self.shares: dict[str, Flow] = {}
         self.by_lane: dict[Lane, dict[Queue, None]] = {}
         self.waiting = 0
         self.since_ns = 0
@@ -124,7 +124,7 @@ class Level:
         """The queue of a tenant's requests for a lane; a new one is attached by its first `insert`."""
         share = self.shares.get(tenant)
         if share is None:
-            share = Share(self, tenant)
+            share = Flow(self, tenant)
         queue = share.queues.get(lane)
         return Queue(share, lane) if queue is None else queue
 
@@ -133,7 +133,7 @@ class Level:
         for share in self.shares.values():
             yield from share.queues.values()
 
-    def turn(self) -> Share:
+    def turn(self) -> Flow:
         """Whose turn it is: the tenant that had least of the engine; of equal ones, who waits longer."""
         shares = self.shares.values()
         share = next(iter(shares)) if len(shares) == 1 else min(shares, key=_virtual_ns)
@@ -146,7 +146,7 @@ class Level:
         queues = self.by_lane.get(lane, ())
         return sorted(queues, key=_virtual_ns_of_queue) if len(queues) > 1 else list(queues)
 
-    def charge(self, share: Share, ns: float) -> None:
+    def charge(self, share: Flow, ns: float) -> None:
         """Move a tenant's virtual time on, also when it has nothing waiting any more."""
         present = self.shares.get(share.tenant)
         if present is not None:
@@ -187,7 +187,7 @@ def _head_key(queue: Queue) -> int:
     return queue.keys[0]
 
 
-def _virtual_ns(share: Share) -> float:
+def _virtual_ns(share: Flow) -> float:
     return share.virtual_ns
 
 

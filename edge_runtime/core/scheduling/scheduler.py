@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from edge_runtime.core.errors import InvalidRequest, RefusalKind
-from edge_runtime.core.messages import Ladder
+from edge_runtime.core.messages import LatencyProfile
 from edge_runtime.core.scheduling.deadlines import Fit
 from edge_runtime.core.scheduling.engine_pool import EnginePool
 from edge_runtime.core.scheduling.forecast import Forecast, Place
 from edge_runtime.core.scheduling.lane import Lane
-from edge_runtime.core.scheduling.queueing import Entry, Level, Queue, Share
+from edge_runtime.core.scheduling.queueing import Entry, Flow, PriorityClass, Queue
 from edge_runtime.core.scheduling.quotas import EngineQuotas
 from edge_runtime.core.scheduling.windows import Policy, Windows
 
@@ -101,10 +101,10 @@ class Scheduler:
         policy: Policy | None = None,
         *,
         engines: Sequence[int] = (1,),
-        ladder: Ladder = (),
+        latency_profile: LatencyProfile = (),
         pads: bool = True,
     ) -> None:
-        """`engines` are their depths; `ladder` is what batches were measured to cost, until lanes know better.
+        """`engines` are their depths; `latency_profile` is what batches were measured to cost, until lanes know better.
 
         `pads`: engines pad a batch to the next power of two, as ours do, so the sizes between cost as much.
         """
@@ -112,9 +112,9 @@ class Scheduler:
         policy = policy or Policy()
         self._windows = Windows(policy)
         self._pool = EnginePool(engines)
-        self._levels = [Level() for _ in range(LEVELS)]
+        self._levels = [PriorityClass() for _ in range(LEVELS)]
         self._forecast = Forecast(
-            self._pool, lambda key: Lane(key, limits.max_batch, ladder, policy.tick_ns, pads=pads)
+            self._pool, lambda key: Lane(key, limits.max_batch, latency_profile, policy.tick_ns, pads=pads)
         )
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
@@ -395,7 +395,7 @@ class Scheduler:
             self._forecast.refresh()
         return queue
 
-    def _next_level(self, now_ns: int) -> Level:
+    def _next_level(self, now_ns: int) -> PriorityClass:
         """The first level that waits, or a later one that has aged up to it."""
         ageing_ns = max(_AGEING_BATCHES * self._forecast.batch_ns, _LEAST_AGEING_NS)
         ranks = [
@@ -481,7 +481,7 @@ class Scheduler:
             share = members[0].queue.share
             share.level.charge(share, each_ns)
             return
-        counts: dict[Share, int] = {}
+        counts: dict[Flow, int] = {}
         for entry in members:
             share = entry.queue.share
             counts[share] = counts.get(share, 0) + 1

@@ -1,4 +1,4 @@
-"""Pad or split: which batch sizes serve `n` waiting rows soonest, by a small dynamic program over the ladder.
+"""Pad or split: which batch sizes serve `n` waiting rows soonest, by a small dynamic program over the prepared sizes.
 
 An engine pads a batch to the next prepared size, so 5 rows may run as one padded 8, or as 4 and 1; which is
 cheaper depends on what was measured, and CPU kernels make t(8) > 2 * t(4) possible.

@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from edge_runtime.core.scheduling.batch_costs import BatchCosts, Speed, ladder_sizes
+from edge_runtime.core.scheduling.batch_costs import BatchCosts, Speed, prepared_sizes
 
 
 @pytest.mark.parametrize(
     ("most", "sizes"), [(1, (1,)), (2, (1, 2)), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8, 9)), (6, (1, 2, 4, 6))]
 )
 def test_the_ladder_is_what_engines_prepare(most, sizes):
-    assert ladder_sizes(most) == sizes
+    assert prepared_sizes(most) == sizes
 
 
 def test_a_batch_costs_what_the_size_it_is_padded_to_costs():
@@ -62,8 +62,8 @@ def follow(costs, speed, factor, batches, sizes=(1, 2, 4, 8)):
 
 @pytest.mark.parametrize("factor", [0.6, 1.7, 3.0])
 def test_a_throttled_engine_is_followed_within_twenty_batches_at_every_size(factor):
-    ladder = tuple((rows, 90 + 10 * rows) for rows in (1, 2, 4, 8))
-    costs, speed = BatchCosts(8, ladder), Speed()
+    latency_profile = tuple((rows, 90 + 10 * rows) for rows in (1, 2, 4, 8))
+    costs, speed = BatchCosts(8, latency_profile), Speed()
     follow(costs, speed, 1.0, 60)
     follow(costs, speed, factor, 20, sizes=(1,))  # only small ones run, and the large ones are known too
     for rows in (1, 8):
@@ -73,8 +73,8 @@ def test_a_throttled_engine_is_followed_within_twenty_batches_at_every_size(fact
 
 
 def test_one_hiccup_of_a_hundredfold_changes_little():
-    ladder = tuple((rows, 90 + 10 * rows) for rows in (1, 2, 4, 8))
-    costs, speed = BatchCosts(8, ladder), Speed()
+    latency_profile = tuple((rows, 90 + 10 * rows) for rows in (1, 2, 4, 8))
+    costs, speed = BatchCosts(8, latency_profile), Speed()
     follow(costs, speed, 1.0, 60)
     follow(costs, speed, 100.0, 1)
     assert costs.mean(1) * speed.factor < 140

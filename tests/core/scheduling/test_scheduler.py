@@ -53,7 +53,7 @@ def test_a_batch_never_mixes_lanes_and_a_misfit_holds_up_nobody():
 
 
 def test_several_engines_take_several_batches_and_the_fastest_goes_first():
-    scheduler = Scheduler(QueueLimits(max_batch=2), engines=(1, 2), ladder=((1, MS), (2, MS)))
+    scheduler = Scheduler(QueueLimits(max_batch=2), engines=(1, 2), latency_profile=((1, MS), (2, MS)))
     for request_id in range(8):
         scheduler.submit(0, request_id, "L")
     first = scheduler.poll(0)
@@ -69,7 +69,7 @@ def test_several_engines_take_several_batches_and_the_fastest_goes_first():
 
 
 def test_a_lane_with_a_wrong_cost_recovers_while_others_keep_the_engine_busy():
-    scheduler = Scheduler(QueueLimits(max_batch=1), ladder=((1, 100 * MS),))
+    scheduler = Scheduler(QueueLimits(max_batch=1), latency_profile=((1, 100 * MS),))
     now, admitted = 10_000 * MS, []
     for request_id in range(0, 400, 2):
         scheduler.submit(now, request_id, "long")
@@ -84,7 +84,7 @@ def test_a_lane_with_a_wrong_cost_recovers_while_others_keep_the_engine_busy():
 
 
 def test_a_cost_that_was_measured_on_a_busy_machine_is_forgotten_within_twenty_batches():
-    scheduler = Scheduler(LIMITS, ladder=((1, 20 * MS), (8, 60 * MS)))
+    scheduler = Scheduler(LIMITS, latency_profile=((1, 20 * MS), (8, 60 * MS)))
     now = 10_000 * MS
     for request_id in range(20):
         scheduler.submit(now, request_id, "L")
@@ -111,7 +111,7 @@ def test_members_that_stay_take_turns_where_there_are_more_than_a_batch():
 
 def test_duty_is_kept_down_however_many_lanes_wait():
     policy = Policy(window_ns=0, duty_target=0.1, duty_wait_ns=10_000 * MS)
-    scheduler = Scheduler(LIMITS, policy, ladder=LADDER)
+    scheduler = Scheduler(LIMITS, policy, latency_profile=LADDER)
     ran, now = 0, 0
     for step in range(2000):
         now = step * MS
@@ -160,7 +160,7 @@ def test_a_cancelled_request_leaves_its_neighbours_alone():
     [(QueueLimits(max_waiting=2), (1, 1, 1)), (QueueLimits(max_waiting_bytes=10), (6, 4, 1))],
 )
 def test_a_full_queue_refuses_at_once_and_frees_with_cancel(limits, sizes):
-    scheduler = Scheduler(limits, ladder=((1, MS),))
+    scheduler = Scheduler(limits, latency_profile=((1, MS),))
     answers = [scheduler.submit(0, i, "lane", size_bytes=size) for i, size in enumerate(sizes)]
     assert answers[:2] == [None, None]
     assert (answers[2].id, answers[2].kind) == (2, RefusalKind.FULL)
@@ -178,7 +178,7 @@ def test_a_tenant_fills_its_own_part_of_the_queue_and_no_more():
 
 
 def test_a_tenant_with_a_quota_of_engine_time_is_refused_until_time_has_passed():
-    scheduler = Scheduler(QueueLimits(max_batch=1, tenant_engine_share=0.001), ladder=((1, MS),))
+    scheduler = Scheduler(QueueLimits(max_batch=1, tenant_engine_share=0.001), latency_profile=((1, MS),))
     now = 0
     for request_id in range(2):  # the second begins within the burst, and ends beyond it
         assert scheduler.submit(now, request_id, "L", tenant="a") is None
@@ -204,7 +204,7 @@ def test_a_deadline_is_refused_on_arrival_and_at_its_moment():
 
 
 def test_what_cannot_end_in_time_is_refused_before_it_costs_anything():
-    scheduler = Scheduler(LIMITS, ladder=LADDER)
+    scheduler = Scheduler(LIMITS, latency_profile=LADDER)
     busy(scheduler)  # until 1 ms
     soon = scheduler.submit(0, 1, "L", deadline_ns=int(1.5 * MS))
     assert soon.kind is RefusalKind.LATE
@@ -213,7 +213,7 @@ def test_what_cannot_end_in_time_is_refused_before_it_costs_anything():
 
 
 def test_a_tight_deadline_goes_before_those_with_time():
-    scheduler = Scheduler(QueueLimits(max_batch=2), ladder=LADDER[:2])
+    scheduler = Scheduler(QueueLimits(max_batch=2), latency_profile=LADDER[:2])
     batch = busy(scheduler)
     for request_id, deadline in ((1, 90), (2, None), (3, 50), (4, 3), (5, 70)):
         assert scheduler.submit(0, request_id, "L", deadline_ns=deadline and deadline * MS) is None
@@ -229,7 +229,7 @@ def test_a_tight_deadline_goes_before_those_with_time():
 
 
 def test_what_became_hopeless_while_waiting_is_dropped_when_that_is_known():
-    scheduler = Scheduler(LIMITS, ladder=LADDER)
+    scheduler = Scheduler(LIMITS, latency_profile=LADDER)
     batch = busy(scheduler)
     assert scheduler.submit(0, 1, "L", deadline_ns=3 * MS) is None
     scheduler.batch_done(int(2.5 * MS), batch, int(2.5 * MS))  # a hiccup: it took longer
@@ -237,7 +237,7 @@ def test_what_became_hopeless_while_waiting_is_dropped_when_that_is_known():
 
 
 def test_a_batch_shrinks_to_what_its_earliest_deadline_allows():
-    scheduler = Scheduler(LIMITS, ladder=LADDER)
+    scheduler = Scheduler(LIMITS, latency_profile=LADDER)
     batch = busy(scheduler)
     for request_id in range(1, 8):
         deadline = 3 * MS if request_id == 1 else 50 * MS
@@ -250,7 +250,7 @@ def test_a_batch_shrinks_to_what_its_earliest_deadline_allows():
 
 
 def test_predictions_that_nothing_confirms_refuse_nobody():
-    scheduler = Scheduler(LIMITS, ladder=LADDER)
+    scheduler = Scheduler(LIMITS, latency_profile=LADDER)
     batch = busy(scheduler)
     scheduler.batch_done(10 * MS, batch, 500 * MS)  # one terrible hiccup
     for _ in range(20):  # and another, until everything looks hopeless
@@ -272,7 +272,7 @@ def test_draining_refuses_the_new_and_serves_the_old():
 
 def overloaded():
     """A scheduler that just refused for want of time, with a full batch of 1.7 ms running from 0 on."""
-    scheduler = Scheduler(LIMITS, ladder=LADDER)
+    scheduler = Scheduler(LIMITS, latency_profile=LADDER)
     for request_id in range(8):
         scheduler.submit(0, request_id, "L")
     assert len(ids(scheduler.poll(0))[0]) == 8
@@ -309,7 +309,7 @@ def test_under_overload_nobody_pushes_out_who_was_admitted():
     assert refusal.kind is RefusalKind.LATE
     assert refusal.retry_after_ns > MS
     assert scheduler.submit(0, 31, "L", deadline_ns=8 * MS) is None  # pushes nobody
-    calm = Scheduler(LIMITS, ladder=LADDER)
+    calm = Scheduler(LIMITS, latency_profile=LADDER)
     busy(calm)
     for request_id in range(10, 26):
         assert calm.submit(0, request_id, "L", deadline_ns=6 * MS) is None
@@ -317,7 +317,7 @@ def test_under_overload_nobody_pushes_out_who_was_admitted():
 
 
 def test_a_fixed_window_is_waited_from_the_first_arrival_and_ends_early_when_full():
-    scheduler = Scheduler(QueueLimits(max_batch=3), Policy(window_ns=2 * MS), ladder=LADDER[:2])
+    scheduler = Scheduler(QueueLimits(max_batch=3), Policy(window_ns=2 * MS), latency_profile=LADDER[:2])
     scheduler.submit(0, 1, "L")
     assert scheduler.poll(0) == []
     assert scheduler.next_wakeup_ns() == 2 * MS
@@ -331,7 +331,7 @@ def test_a_fixed_window_is_waited_from_the_first_arrival_and_ends_early_when_ful
 
 
 def test_a_window_leaves_time_for_the_work_and_yields_to_other_lanes():
-    scheduler = Scheduler(LIMITS, Policy(window_ns=10 * MS), ladder=LADDER)
+    scheduler = Scheduler(LIMITS, Policy(window_ns=10 * MS), latency_profile=LADDER)
     scheduler.submit(0, 1, "L", deadline_ns=5 * MS)
     assert scheduler.poll(0) == []
     wakeup = scheduler.next_wakeup_ns()
@@ -353,8 +353,8 @@ def test_a_window_is_learned_from_bursts_and_unlearned_after_them():
 
 def _burst_batches(policy):
     """Sizes of the batches of the last of many bursts of five, 0.1 ms apart, on an engine of 4 + 0.5 ms."""
-    ladder = tuple((rows, int((4 + 0.5 * rows) * MS)) for rows in (1, 2, 4, 8))
-    scheduler = Scheduler(LIMITS, policy, ladder=ladder)
+    latency_profile = tuple((rows, int((4 + 0.5 * rows) * MS)) for rows in (1, 2, 4, 8))
+    scheduler = Scheduler(LIMITS, policy, latency_profile=latency_profile)
     now, request_id, sizes = 0, 0, []
     for _ in range(200):
         sizes = []
@@ -378,7 +378,7 @@ def _burst_batches(policy):
 
 def test_duty_is_kept_down_within_the_slack_of_deadlines():
     policy = Policy(window_ns=0, duty_target=0.1, duty_wait_ns=50 * MS)
-    scheduler = Scheduler(LIMITS, policy, ladder=LADDER)
+    scheduler = Scheduler(LIMITS, policy, latency_profile=LADDER)
     scheduler.submit(0, 1, "L")
     assert scheduler.poll(0) == []
     assert scheduler.next_wakeup_ns() == pytest.approx(10 * MS, rel=0.01)  # 1 ms of work is a tenth of 10
@@ -391,7 +391,7 @@ def test_duty_is_kept_down_within_the_slack_of_deadlines():
 
 
 def test_five_rows_run_as_four_and_one_where_eight_cost_more():
-    scheduler = Scheduler(LIMITS, ladder=((1, 20), (2, 22), (4, 25), (8, 90)))
+    scheduler = Scheduler(LIMITS, latency_profile=((1, 20), (2, 22), (4, 25), (8, 90)))
     batch = busy(scheduler)
     for request_id in range(1, 6):
         scheduler.submit(0, request_id, "L")
@@ -444,7 +444,7 @@ def serve(scheduler, arrivals, cost_ns, until_ns):
 
 
 def test_the_lowest_priority_is_served_within_its_bound_under_a_flood_of_the_highest():
-    scheduler = Scheduler(QueueLimits(max_batch=4), ladder=((1, MS), (2, MS), (4, MS)))
+    scheduler = Scheduler(QueueLimits(max_batch=4), latency_profile=((1, MS), (2, MS), (4, MS)))
     scheduler.submit(0, -1, "L", priority=2)
     numbers = iter(range(10**6))
 
@@ -500,7 +500,7 @@ def test_one_request_of_a_quiet_tenant_is_in_the_next_batch_beside_a_flood():
 
 def test_the_same_calls_give_the_same_actions():
     def log():
-        scheduler = Scheduler(LIMITS, ladder=LADDER, engines=(1, 2))
+        scheduler = Scheduler(LIMITS, latency_profile=LADDER, engines=(1, 2))
         out, running, now = [], [], 0
         for i in range(3000):
             now += (i * 7919) % 400_000

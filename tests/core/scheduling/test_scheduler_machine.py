@@ -36,14 +36,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Twins get the same calls; whatever one says is checked against a plain account of who waits and runs."""
 
     @initialize(
-        policy=st.sampled_from(POLICIES), engines=st.sampled_from([(1,), (2,), (1, 2)]), ladder=st.booleans()
+        policy=st.sampled_from(POLICIES),
+        engines=st.sampled_from([(1,), (2,), (1, 2)]),
+        latency_profile=st.booleans(),
     )
-    def begin(self, policy, engines, ladder):
+    def begin(self, policy, engines, latency_profile):
         limits = QueueLimits(MAX_BATCH, MAX_WAITING, MAX_BYTES, tenant_max_waiting=6)
         self.policy, self.slots = policy, sum(engines)
         self.depths, self.load = engines, [0] * len(engines)
         self.twins = [
-            Scheduler(limits, policy, engines=engines, ladder=LADDER if ladder else ()) for _ in range(2)
+            Scheduler(limits, policy, engines=engines, latency_profile=LADDER if latency_profile else ())
+            for _ in range(2)
         ]
         self.now, self.next_id = 10**10, 0
         self.waiting, self.running, self.left = {}, {}, set()
