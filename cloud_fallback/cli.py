@@ -144,7 +144,7 @@ async def _load(config: CloudConfig, stack: AsyncExitStack, *, again: bool) -> "
             policy_of(config.window),
             latency_profile=model.latency_profile,
             depth=config.depth,
-            renew=renew,
+            load_engine=renew,
         )
         stack.push_async_callback(lane.close)
         models[model.name] = Loaded(model, lane)

@@ -30,7 +30,8 @@ from edge_runtime.core.scheduling.scheduler import priority_of
 from edge_runtime.loading.model import Model
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
 from edge_runtime.mqtt.envelope import Message, pack, reads_zstd, unpack
-from edge_runtime.serving.model_runner import ModelRunner, refusal
+from edge_runtime.processing import Question
+from edge_runtime.serving.model_runner import ModelRunner, Served, refusal
 
 _log = logging.getLogger(__name__)
 _SESSION_EXPIRY_S = 60  # a worker that restarts within it gets what was handed to it and not acknowledged
@@ -197,17 +198,12 @@ class Worker:
 
 
 async def _all_rows(
-    lane: ModelRunner, rows: list[bytes], deadline_ns: int, tenant: str, priority: int
+    lane: ModelRunner, rows: list[Question], deadline_ns: int, tenant: str, priority: int
 ) -> list[Answer]:
-    try:
-        async with asyncio.TaskGroup() as group:
-            answers = [
-                lane.run(row, deadline_ns=deadline_ns, tenant=tenant, priority=priority) for row in rows
-            ]
-            tasks = [group.create_task(answer, name="row") for answer in answers]
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+    results = await lane.run_rows(
+        rows, deadline_ns=deadline_ns, tenant=tenant, priority=priority, is_all_or_nothing=True
+    )
+    return [result.answer for result in results if isinstance(result, Served)]
 
 
 def _remaining_ns(request: InferRequest, message: Message, default_s: float) -> int:

@@ -20,11 +20,10 @@ from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.core.scheduling.windows import policy_of
 from edge_runtime.engines import Engine
 from edge_runtime.engines.build import engine_version
-from edge_runtime.loading.model import Model, cost_of, labels_of, load_engine, load_model_soon
+from edge_runtime.loading.model import Model, cost_of, load_engine, load_model_soon
 from edge_runtime.loading.trial_record import FirstLoads
 from edge_runtime.serving.model_runner import INLINE_LIMIT_NS, ModelRunner
 from edge_runtime.serving.service import ServedModel, Service
-from edge_runtime.uplink.score_fusion import joining_of
 
 if TYPE_CHECKING:
     from edge_runtime.caching.answer_store import AnswerStore
@@ -214,7 +213,7 @@ def _serve(model: Model, config: Config, renew: Callable[[], Engine]) -> ServedM
         ),
         latency_profile=model.latency_profile,
         is_inline=model.latency_profile[0][1] <= INLINE_LIMIT_NS,
-        renew=renew,
+        load_engine=renew,
     )
     info = model.info
     if config.escalation.accept is not None and info.accept_threshold is not None:
@@ -223,8 +222,6 @@ def _serve(model: Model, config: Config, renew: Callable[[], Engine]) -> ServedM
         info,
         model.processor,
         lane,
-        labels_of(model.processor),
-        joining_of(model.manifest, model.processor),
         engine_version(model.manifest.engine),
     )
 

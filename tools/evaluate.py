@@ -22,6 +22,7 @@ from edge_runtime.bundles.folder import find_bundle, load_bundle
 from edge_runtime.core.errors import EdgeRuntimeError
 from edge_runtime.core.escalation.score_fusion import pool
 from edge_runtime.loading.model import load_model
+from edge_runtime.processing import decode_rows, encode_rows
 from tools.calibration.error import expected_calibration_error
 from tools.pack import labels_of, outputs_of
 from tools.rows import OOS, BadRows, LabelledText, read_rows
@@ -50,9 +51,9 @@ def answers_of(bundle: str, texts: Sequence[str], *, threads: int = 2) -> Answer
             print(f"\r{bundle}: {done}/{len(texts)}", end="", file=sys.stderr)
 
     raw = [text.encode() for text in texts]
-    outputs = outputs_of(model.engine, [model.processor.encode(row) for row in raw], after_batch)
+    outputs = outputs_of(model.engine, encode_rows(model.processor, raw), after_batch)
     model.engine.close()
-    answers = [model.processor.decode(output, row) for output, row in zip(outputs, raw, strict=True)]
+    answers = decode_rows(model.processor, outputs, raw)
     labels = [answer.values[0].decode() for answer in answers if isinstance(answer.values[0], bytes)]
     scores = [answer.extras[0] for answer in answers if answer.extras]
     return Answers(

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.core.errors import EdgeRuntimeError
+from edge_runtime.engines import run_rows
 from edge_runtime.loading.model import Model, load_model
+from edge_runtime.processing import decode_rows, encode_rows
 from tools.rows import BadRows, LabelledText, Span, read_rows
 from tools.slots.metrics import Found, report_of
 
@@ -28,11 +30,11 @@ def answers_of(model: Model, texts: Sequence[str]) -> tuple[list[Found], dict[st
     for i, text in enumerate(texts):
         raw = text.encode()
         marks = [time.perf_counter_ns()]
-        row = model.processor.encode(raw)
+        (row,) = encode_rows(model.processor, [raw])
         marks.append(time.perf_counter_ns())
-        (output,) = model.engine.run([row])
+        (output,) = run_rows(model.engine, [row])
         marks.append(time.perf_counter_ns())
-        intent, confidence, slots = model.processor.decode(output, raw).values
+        intent, confidence, slots = decode_rows(model.processor, [output], [raw])[0].values
         marks.append(time.perf_counter_ns())
         times[i] = np.diff(marks) / 1000
         assert isinstance(intent, bytes)

@@ -12,8 +12,9 @@ from edge_runtime.bundles.folder import Bundle, write_bundle
 from edge_runtime.bundles.manifest import MANIFEST, CalibrationEntry, CreditEntry, ProcessingEntry
 from edge_runtime.core.errors import BundleError
 from edge_runtime.core.messages import Row
-from edge_runtime.engines import Engine
+from edge_runtime.engines import Engine, run_rows
 from edge_runtime.loading.model import load_model
+from edge_runtime.processing import encode_rows
 
 MINILM = CreditEntry(
     name="all-MiniLM-L6-v2",
@@ -116,7 +117,7 @@ def bundle_logits(
 ) -> NDArray[np.float32]:
     """Logits [n, labels] of a packed bundle, computed as it is served; `after_batch` hears of rows done."""
     model = load_model(path, threads=threads)
-    rows = [model.processor.encode(text.encode()) for text in texts]
+    rows = encode_rows(model.processor, [text.encode() for text in texts])
     return engine_logits(model.engine, rows, after_batch)
 
 
@@ -147,7 +148,7 @@ def outputs_of(
     for members in groups.values():
         for start in range(0, len(members), engine.max_batch):
             part = members[start : start + engine.max_batch]
-            for i, output in zip(part, engine.run([rows[i] for i in part]), strict=True):
+            for i, output in zip(part, run_rows(engine, [rows[i] for i in part]), strict=True):
                 outputs[i] = output
             done += len(part)
             if after_batch is not None:

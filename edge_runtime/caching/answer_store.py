@@ -25,7 +25,7 @@ from edge_runtime.core.errors import EdgeRuntimeError
 _log = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x45524143  # says in the file's header that it is ours
-_SCHEMA = 1  # another one is emptied: it is a cache
+_SCHEMA = 2  # another one is emptied: it is a cache
 _PAGE_BYTES = 4096
 _LOG_BYTES = 2 << 20  # of disk_max_bytes, set aside for the write-ahead log
 _CHECKPOINT_PAGES = 128  # 512 KiB: the log is folded into the file each time it is that long

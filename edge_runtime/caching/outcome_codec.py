@@ -19,6 +19,7 @@ class _Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     values: tuple[_Value, ...]
     extras: tuple[_Value, ...]
     cloud_version: str
+    raw_score: float | None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -35,6 +36,7 @@ def encode_outcome(outcome: Outcome) -> bytes:
             tuple(_pack(value) for value in answer.values),
             tuple(_pack(value) for value in answer.extras),
             outcome.cloud_version,
+            answer.raw_score,
         )
     )
 
@@ -44,7 +46,9 @@ def decode_outcome(raw: bytes) -> Outcome:
     try:
         kept = _decoder.decode(raw)
         extras = tuple(np.asarray(_unpack(value)) for value in kept.extras)
-        answer = Answer(tuple(_unpack(value) for value in kept.values), kept.confidence, extras)
+        answer = Answer(
+            tuple(_unpack(value) for value in kept.values), kept.confidence, extras, kept.raw_score
+        )
     except (msgspec.MsgspecError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from None
     return Outcome(answer, Origin.CACHE, kept.reason, cloud_version=kept.cloud_version)

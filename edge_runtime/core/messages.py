@@ -11,6 +11,8 @@ Scalar = str | int | float | bool
 Array = NDArray[Any]
 #: What one row of a batch is to an engine: one array per model input or output, without the batch axis.
 Row = tuple[Array, ...]
+#: The shapes of a row's arrays, without the batch axis: rows of equal shapes may share a batch.
+Shapes = tuple[tuple[int, ...], ...]
 #: What batches cost: (rows, median nanoseconds), by rising rows.
 LatencyProfile = tuple[tuple[int, int], ...]
 
@@ -148,12 +150,14 @@ class Answer:
 
     A value is `bytes` for BYTES outputs, else an array (or numpy scalar) of one row.
     `confidence` is the calibrated probability that this answer is right, or None where the task has none.
-    `extras` are the values of the signature's outputs on request, in their order.
+    `extras` are the values of the signature's outputs on request, in their order. `raw_score` is what the
+    confidence was calibrated from: a calibration that moves can be applied again without running the model.
     """
 
     values: tuple[bytes | Array | np.generic, ...]
     confidence: float | None
     extras: tuple[Array, ...] = ()
+    raw_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

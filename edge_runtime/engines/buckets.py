@@ -12,12 +12,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from edge_runtime.core.errors import BundleError, EngineFailed
-from edge_runtime.core.messages import Array, Row
+from edge_runtime.core.messages import Array, Shapes
+from edge_runtime.engines import Batch
 
 #: Row shapes whose buffers are kept; a client that sends ever new shapes must not grow memory.
 _MAX_BUCKETS = 16
-
-Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +31,22 @@ class Port:
 
 @dataclass(slots=True)
 class Buffers:
-    """Input arrays of one batch size. Of their rows, `used` may hold something else than zero."""
+    """Input arrays `[size, ...]` of one prepared size. Of their rows, `used` may hold something else than zero."""
 
-    inputs: list[Array]
+    arrays: list[Array]
     used: int
-
-    def fill(self, rows: Sequence[Row]) -> None:
-        """Copy the rows in; what an earlier batch left behind them becomes zero."""
-        for at, target in enumerate(self.inputs):
-            for i, row in enumerate(rows):
-                target[i] = row[at]
-            if self.used > len(rows):
-                target[len(rows) : self.used] = 0
-        self.used = len(rows)
 
 
 B = TypeVar("B", bound=Buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBatch(Generic[B]):
+    """The first `rows` rows of a set of buffers; see `engines.Batch`."""
+
+    inputs: list[Array]
+    rows: int
+    buffers: B
 
 
 class BucketedEngine(ABC, Generic[B]):
@@ -91,42 +90,50 @@ class BucketedEngine(ABC, Generic[B]):
         self._max_batch = 1
         self._buckets.clear()
 
-    def run(self, rows: Sequence[Row]) -> list[Row]:
-        """Run 1..max_batch rows of equal shapes; see `engines.Engine.run`."""
-        if not 1 <= len(rows) <= self._max_batch:
-            raise EngineFailed(f"the engine got {len(rows)} rows; it takes 1 to {self._max_batch}")
-        bound = self._bound(rows[0], len(rows))
-        bound.fill(rows)
+    def bind(self, shapes: Shapes, rows: int) -> BoundBatch[B]:
+        """Return the buffers of `rows` rows of `shapes`; rows beyond them are zero. See `engines.Engine.bind`."""
+        if not 1 <= rows <= self._max_batch:
+            raise EngineFailed(f"the engine got {rows} rows; it takes 1 to {self._max_batch}")
+        buffers = self._buffers(shapes, rows)
+        arrays = buffers.arrays
+        if buffers.used > rows:  # what an earlier, larger batch left behind would be run as padding
+            for array in arrays:
+                array[rows : buffers.used] = 0
+        buffers.used = rows
+        return BoundBatch([array[:rows] for array in arrays], rows, buffers)
+
+    def run(self, batch: Batch) -> list[Array]:
+        """Run a batch that `bind` returned; see `engines.Engine.run`."""
+        assert isinstance(batch, BoundBatch)
         try:
-            outputs = self._execute(bound, len(rows))
+            outputs = self._execute(batch.buffers)
         except Exception as error:
             raise EngineFailed(f"the model failed: {first_line(error)}") from error
-        return list(zip(*outputs, strict=True))
+        return [output[: batch.rows] for output in outputs]
 
     @abstractmethod
     def _bind(self, shapes: Shapes, size: int) -> B:
         """Prepare zeroed buffers for `size` rows of `shapes`. May raise whatever the runtime raises."""
 
     @abstractmethod
-    def _execute(self, bound: B, count: int) -> list[Array]:
-        """Run the model; return copies of each output's first `count` rows."""
+    def _execute(self, bound: B) -> list[Array]:
+        """Run the model on all rows of the buffers; return whole outputs, valid until the next call."""
 
-    def _bound(self, row: Row, count: int) -> B:
-        shapes = tuple([array.shape for array in row])
-        steps = self._buckets.get(shapes)
-        if steps is None:
-            _check(self.inputs, row)
-            steps = self._buckets[shapes] = {}
+    def _buffers(self, shapes: Shapes, rows: int) -> B:
+        sizes = self._buckets.get(shapes)
+        if sizes is None:
+            _check(self.inputs, shapes)
+            sizes = self._buckets[shapes] = {}
             if len(self._buckets) > _MAX_BUCKETS:
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(shapes)
         # Powers of two: at most half of a batch is padding, and a bucket needs few sets of buffers.
-        size = min(1 << (count - 1).bit_length(), self._max_batch)
-        bound = steps.get(size)
+        size = min(1 << (rows - 1).bit_length(), self._max_batch)
+        bound = sizes.get(size)
         if bound is None:
             try:
-                bound = steps[size] = self._bind(shapes, size)
+                bound = sizes[size] = self._bind(shapes, size)
             except EngineFailed:
                 raise
             except Exception as error:
@@ -159,18 +166,16 @@ def first_line(error: Exception) -> str:
     return str(error).split("\n", 1)[0][:200]
 
 
-def _check(inputs: Sequence[Port], row: Row) -> None:
-    """Refuse a row that does not fit the model; once per new bucket."""
-    if len(row) != len(inputs):
-        raise EngineFailed(f"the model has {len(inputs)} inputs, and the row {len(row)} arrays")
-    for want, array in zip(inputs, row, strict=True):
-        fits = (
-            array.dtype == want.dtype
-            and len(array.shape) == len(want.shape)
-            and all(length in (None, have) for length, have in zip(want.shape, array.shape, strict=True))
+def _check(inputs: Sequence[Port], shapes: Shapes) -> None:
+    """Refuse shapes that do not fit the model; once per new bucket."""
+    if len(shapes) != len(inputs):
+        raise EngineFailed(f"the model has {len(inputs)} inputs, and the row {len(shapes)} arrays")
+    for want, shape in zip(inputs, shapes, strict=True):
+        fits = len(shape) == len(want.shape) and all(
+            length in (None, have) for length, have in zip(want.shape, shape, strict=True)
         )
         if not fits:
             raise EngineFailed(
                 f"input {want.name!r} of the model is {want.dtype} {list(want.shape)} per row, "
-                f"and the row {array.dtype} {list(array.shape)}"
+                f"and the row {list(shape)}"
             )

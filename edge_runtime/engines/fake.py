@@ -3,13 +3,25 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from edge_runtime.core.messages import Row
+import numpy as np
+from numpy.typing import DTypeLike
+
+from edge_runtime.core.messages import Array, Row, Shapes
+from edge_runtime.engines import Batch
+
+
+class FakeBatch:
+    """Input buffers of the fake engine; see `engines.Batch`."""
+
+    def __init__(self, shapes: Shapes, rows: int, dtypes: Sequence[DTypeLike]) -> None:
+        kinds = [*dtypes] * len(shapes) if len(dtypes) == 1 else dtypes
+        self.inputs = [np.zeros((rows, *s), kind) for s, kind in zip(shapes, kinds, strict=True)]
 
 
 class FakeEngine:
     """Runs `answer` on each row and does as it is told: fails, miscounts, or waits.
 
-    `batch_sizes` records the rows of every call. `fail_on` holds call numbers, from 1, that raise
+    `dtypes` are those of the model's inputs; one stands for all of them. `batch_sizes` records the rows of every call. `fail_on` holds call numbers, from 1, that raise
     `error`; `miscount` is added to the number of rows returned; while `gate` is set to an Event, each call
     first waits for it (`entered` is set once a call waits), so that a test can hold the engine busy.
     """
@@ -24,6 +36,7 @@ class FakeEngine:
         error: Exception | None = None,
         miscount: int = 0,
         gate: threading.Event | None = None,
+        dtypes: Sequence[DTypeLike] = (np.float32,),
     ) -> None:
         self.batch_sizes: list[int] = []
         self.entered = threading.Event()
@@ -31,6 +44,7 @@ class FakeEngine:
         self.gate = gate
         self.miscount = miscount
         self._answer = answer
+        self._dtypes = dtypes
         self._max_batch = max_batch
         self._is_batch_invariant = is_batch_invariant
         self._fail_on = frozenset(fail_on)
@@ -56,9 +70,14 @@ class FakeEngine:
         """What runs the model."""
         return "fake"
 
-    def run(self, rows: Sequence[Row]) -> list[Row]:
+    def bind(self, shapes: Shapes, rows: int) -> FakeBatch:
+        """Return new buffers."""
+        return FakeBatch(shapes, rows, self._dtypes)
+
+    def run(self, batch: Batch) -> list[Array]:
         """Answer each row, unless told otherwise."""
         assert not self.is_closed, "run after close"
+        rows = list(zip(*batch.inputs, strict=True))
         self.batch_sizes.append(len(rows))
         if self.gate is not None:
             self.entered.set()
@@ -66,9 +85,8 @@ class FakeEngine:
         if len(self.batch_sizes) in self._fail_on:
             raise self._error
         answers = [self._answer(row) for row in rows]
-        if self.miscount < 0:
-            return answers[: self.miscount]
-        return answers + answers[:1] * self.miscount
+        answers = answers[: self.miscount] if self.miscount < 0 else answers + answers[:1] * self.miscount
+        return [np.stack(column) for column in zip(*answers, strict=True)]
 
     def deny_batches(self) -> None:
         """Run single rows from now on."""

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.core.errors import BundleError
-from edge_runtime.core.messages import DTYPES, Array
+from edge_runtime.core.messages import DTYPES, Array, Shapes
 from edge_runtime.engines.buckets import (
     BucketedEngine,
     Buffers,
     Port,
-    Shapes,
     check_outputs,
     first_line,
     port,
@@ -86,13 +85,9 @@ class LitertEngine(BucketedEngine[_Bound]):
     def _interpreter(self) -> Any:
         return litert.Interpreter(model_content=self._model, num_threads=self._threads)
 
-    def _execute(self, bound: _Bound, count: int) -> list[Array]:
-        return [output[:count] for output in self._outputs(bound)]
-
-    def _outputs(self, bound: _Bound) -> list[Array]:
-        """Run the model; return copies of its whole outputs."""
+    def _execute(self, bound: _Bound) -> list[Array]:
         interpreter = bound.interpreter
-        for tensor, array in zip(self._input_ids, bound.inputs, strict=True):
+        for tensor, array in zip(self._input_ids, bound.arrays, strict=True):
             interpreter.set_tensor(tensor, array)
         interpreter.invoke()
         return [interpreter.get_tensor(tensor) for tensor in self._output_ids]
@@ -106,7 +101,7 @@ class LitertEngine(BucketedEngine[_Bound]):
             interpreter.resize_tensor_input(tensor, array.shape, strict=True)
         interpreter.allocate_tensors()
         bound = _Bound(inputs, 0, interpreter)
-        check_outputs(self._outputs(bound), size)
+        check_outputs(self._execute(bound), size)
         return bound
 
 

@@ -11,12 +11,11 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_runtime.core.errors import BundleError
-from edge_runtime.core.messages import Array
+from edge_runtime.core.messages import Array, Shapes
 from edge_runtime.engines.buckets import (
     BucketedEngine,
     Buffers,
     Port,
-    Shapes,
     check_outputs,
     first_line,
     port,
@@ -105,9 +104,9 @@ class OnnxEngine(BucketedEngine[_Bound]):
         self._buckets.clear()
         self._session = None
 
-    def _execute(self, bound: _Bound, count: int) -> list[Array]:
+    def _execute(self, bound: _Bound) -> list[Array]:
         self._session.run_with_iobinding(bound.binding)
-        return [output[:count].copy() for output in bound.outputs]
+        return bound.outputs
 
     def _bind(self, shapes: Shapes, size: int) -> _Bound:
         """Allocate arrays for one batch size. A first plain run tells the shapes of the outputs."""

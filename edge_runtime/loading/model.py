@@ -164,11 +164,6 @@ def build_model(
     return model
 
 
-def labels_of(processor: Processor) -> frozenset[bytes] | None:
-    """The labels a task can answer with; None where it has none."""
-    return None if processor.labels is None else frozenset(processor.labels)
-
-
 def cost_of(info: ModelInfo) -> dict[str, object]:
     """What a loaded model costs and how it may be batched, as JSON values for people and status."""
     return {

@@ -14,9 +14,9 @@ import numpy as np
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import DTYPES, LatencyProfile, Row, Tensor
-from edge_runtime.engines import Engine
+from edge_runtime.engines import Engine, run_rows
 from edge_runtime.engines.build import build_engine
-from edge_runtime.processing import Processor
+from edge_runtime.processing import Processor, encode_rows
 from edge_runtime.processing.build import build_processor
 
 #: Other kernels for other batch sizes round differently, near 1e-7 of a value; scales shared by a batch
@@ -62,7 +62,7 @@ def prepare(
         are_rows_alike=_are_alike(processor, probes),
     )
     try:
-        (output,) = engine.run(probes[:1])
+        (output,) = run_rows(engine, probes[:1])
         _check_output(processor, output)
         note = _batch_note(manifest, engine, probes)
     except EngineFailed as error:
@@ -92,7 +92,7 @@ def measure_latency_profile(prepared: Prepared, budget_ns: int | None = None) ->
         if budget_ns is not None and latency_profile and spent_ns + 4 * latency_profile[-1][1] > budget_ns:
             break
         batch = list(islice(cycle(alike), count))
-        engine.run(batch)
+        run_rows(engine, batch)
         latency_profile.append((count, _median_ns(engine, batch)))
     return tuple(latency_profile)
 
@@ -104,7 +104,7 @@ def run_every_shape(prepared: Prepared) -> None:
     for row in prepared.probes:
         by_shape.setdefault(_shapes(row), []).append(row)
     for rows in list(by_shape.values())[1:]:  # the first shape was run by `measure_latency_profile`
-        engine.run(list(islice(cycle(rows), engine.max_batch)))
+        run_rows(engine, list(islice(cycle(rows), engine.max_batch)))
 
 
 def difference_in_company(engine: Engine, probes: Sequence[Row]) -> float:
@@ -116,8 +116,8 @@ def difference_in_company(engine: Engine, probes: Sequence[Row]) -> float:
     """
     alike = _of_first_shape(probes)[: engine.max_batch]
     worst = 0.0
-    for row, among in zip(alike, engine.run(alike), strict=True):
-        (alone,) = engine.run([row])
+    for row, among in zip(alike, run_rows(engine, alike), strict=True):
+        (alone,) = run_rows(engine, [row])
         for one, other in zip(alone, among, strict=True):
             worst = max(worst, _difference(one, other))
     return worst if worst > _TOLERANCE else 0.0
@@ -151,10 +151,11 @@ def _steps(max_batch: int) -> list[int]:
 
 
 def _median_ns(engine: Engine, batch: Sequence[Row]) -> int:
+    buffers = engine.bind(_shapes(batch[0]), len(batch))  # filled by the run before
     times: list[int] = []
     while len(times) < 9 and sum(times) < _STEP_NS:
         started_ns = time.perf_counter_ns()
-        engine.run(batch)
+        engine.run(buffers)
         times.append(time.perf_counter_ns() - started_ns)
     return sorted(times)[len(times) // 2]
 
@@ -191,7 +192,7 @@ def _probes(processor: Processor) -> list[Row]:
     """Rows as different as they can be: for texts long and odd ones, for numbers small and ever larger ones."""
     specs = processor.signature.inputs
     if specs[0].datatype == "BYTES":
-        return [processor.encode(text.encode()[:1000]) for text in _PROBE_TEXTS]
+        return encode_rows(processor, [text.encode()[:1000] for text in _PROBE_TEXTS])
     rng = np.random.default_rng(0)
     inputs = []
     for spec in specs:
@@ -205,4 +206,4 @@ def _probes(processor: Processor) -> list[Row]:
             data = rng.integers(0, 2, shape)
         array = data.astype(DTYPES[spec.datatype])
         inputs.append(Tensor(spec.name, spec.datatype, array.shape, array))
-    return [processor.encode(row) for row in processor.split(inputs)]
+    return encode_rows(processor, processor.split(inputs))

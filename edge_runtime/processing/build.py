@@ -7,11 +7,17 @@ import msgspec
 
 from edge_runtime.bundles.manifest import Manifest, SignatureEntry
 from edge_runtime.core.errors import BundleError, Unsupported
+from edge_runtime.core.escalation.score_fusion import Pooling
 from edge_runtime.core.messages import Signature, TensorSpec
-from edge_runtime.processing import Processor
+from edge_runtime.processing import Encoder, Processor
 from edge_runtime.processing.ngrams import NgramFeaturiser
 from edge_runtime.processing.tensors import Tensors
-from edge_runtime.processing.text_classification import SIGNATURE, Calibration, Featuriser, TextClassification
+from edge_runtime.processing.text_classification import (
+    SIGNATURE,
+    Calibration,
+    Fusion,
+    TextClassification,
+)
 from edge_runtime.processing.text_slots import SIGNATURE as SLOTS_SIGNATURE
 from edge_runtime.processing.text_slots import TextSlots
 from edge_runtime.processing.words import WordFeaturiser
@@ -83,7 +89,7 @@ def build_processor(manifest: Manifest, files: Mapping[str, bytes]) -> Processor
 def _build(
     parameters: Parameters, manifest: Manifest, files: Mapping[str, bytes], *, version: str
 ) -> Processor:
-    featuriser: Featuriser
+    featuriser: Encoder
     match parameters:
         case TextNgrams():
             featuriser = NgramFeaturiser(
@@ -109,6 +115,7 @@ def _build(
         _calibration(manifest, labels),
         version=version,
         max_text_bytes=parameters.max_text_bytes,
+        fusion=_fusion(manifest),
     )
 
 
@@ -136,7 +143,7 @@ def _slots(
     )
 
 
-def _wordpiece(parameters: TextWordpiece, files: Mapping[str, bytes]) -> Featuriser:
+def _wordpiece(parameters: TextWordpiece, files: Mapping[str, bytes]) -> Encoder:
     if parameters.tokenizer not in files:
         raise ValueError(f"the tokeniser {parameters.tokenizer!r} is not among the files")
     if not parameters.lengths or not all(2 <= length <= 512 for length in parameters.lengths):
@@ -171,6 +178,14 @@ def _calibration(manifest: Manifest, labels: Sequence[str] = ()) -> Calibration:
     out_of_scope = labels.index(OUT_OF_SCOPE) if entry.score == "in_scope" else None
     scores, chances = zip(*entry.knots, strict=True)
     return Calibration(entry.temperature, scores, chances, out_of_scope)
+
+
+def _fusion(manifest: Manifest) -> Fusion | None:
+    entry = manifest.calibration.fusion if manifest.calibration is not None else None
+    if entry is None:
+        return None
+    scores, chances = zip(*entry.knots, strict=True)
+    return Fusion(entry.cloud_version, Pooling(entry.edge_weight, entry.cloud_weight, scores, chances))
 
 
 def _signature(entry: SignatureEntry) -> Signature:

@@ -6,11 +6,14 @@ no state: the same text gives the same indices everywhere.
 """
 
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.core.messages import Row
+from edge_runtime.core.messages import Array
+from edge_runtime.processing import PreparedRow
 
 #: An odd number near 2^64 / golden ratio: a multiplication by it spreads keys over the high bits (Knuth 6.4).
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
@@ -19,6 +22,7 @@ _HALF = np.uint64(32)
 _WORD, _PAIR, _SKIP = 1 << 56, 2 << 56, 3 << 56
 #: The longest n-gram; a key has room for more, but the tags above begin at bit 56.
 LONGEST_GRAM = 6
+_DTYPES = (np.dtype(np.int32),)
 
 
 class NgramFeaturiser:
@@ -38,13 +42,29 @@ class NgramFeaturiser:
         self._grams = tuple((n, np.uint64((1 << 8 * n) - 1)) for n in grams)
         self._skips = skips
         self._scale = np.uint64(buckets)
+        self._shapes = ((slots,),)
 
-    def encode(self, text: str) -> Row:
-        """Return the indices `[slots] INT32` of one text; an empty text is all padding."""
+    @property
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        """One input, INT32."""
+        return _DTYPES
+
+    def prepare(self, text: bytes) -> PreparedRow:
+        """Return the text as it is: all texts have `[slots]` indices."""
+        return PreparedRow(self._shapes, len(text), text)
+
+    def encode_batch(self, batch: Sequence[bytes], buffers: Sequence[Array]) -> None:
+        """Write the indices of each text into the only buffer, `[rows, slots] INT32`."""
+        (out,) = buffers
+        for i, text in enumerate(batch):
+            self._write(text.decode("utf-8"), out[i])
+
+    def _write(self, text: str, out: Array) -> None:
+        """Write the indices `[slots] INT32` of one text; an empty text is all padding."""
         words = " ".join(text.lower().split()).encode("utf-8").split()
-        out = np.full(self.slots, self.buckets, np.int32)
         if not words:
-            return (out,)
+            out.fill(self.buckets)
+            return
         hashes = [zlib.crc32(word) for word in words]
         heads = [_WORD | h for h in hashes]
         # The second word's CRC continues the first one's, so the order of a pair matters.
@@ -68,4 +88,4 @@ class NgramFeaturiser:
         spread *= self._scale
         spread >>= _HALF
         out[:used] = spread
-        return (out,)
+        out[used:] = self.buckets

@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.core.errors import InvalidRequest, Unsupported
-from edge_runtime.core.messages import DTYPES, Answer, Row, Signature, Tensor, TensorSpec
+from edge_runtime.core.messages import (
+    DTYPES,
+    Answer,
+    Array,
+    InferReply,
+    Row,
+    Signature,
+    Tensor,
+    TensorSpec,
+)
+from edge_runtime.core.protocol.replies import read_answer
+from edge_runtime.processing import PreparedRow
 
 _LENGTH = struct.Struct("<I")
 
@@ -44,8 +55,17 @@ class Tensors:
     def labels(self) -> None:
         """None: numbers are no labels."""
 
-    def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
-        """Return for each row, input by input: lengths, datatype, shape and the little-endian bytes."""
+    @property
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        """As the bundle states them."""
+        return tuple(DTYPES[spec.datatype] for spec in self._signature.inputs)
+
+    @property
+    def fusion_version(self) -> None:
+        """None: numbers carry no evidence that could be joined."""
+
+    def split(self, inputs: Sequence[Tensor]) -> list[Row]:
+        """Return each row's arrays, in the order of the signature; they are views of the request's."""
         by_name = {tensor.name: tensor for tensor in inputs}
         specs = self._signature.inputs
         if len(by_name) != len(inputs) or by_name.keys() != {spec.name for spec in specs}:
@@ -57,30 +77,42 @@ class Tensors:
             raise InvalidRequest(f"input {specs[0].name!r} is empty; send at least one row")
         if any(array.shape[0] != count for array in arrays):
             raise InvalidRequest("the inputs differ in their number of rows; axis 0 counts the rows of each")
-        heads = [_head(spec, array) for spec, array in zip(specs, arrays, strict=True)]
-        return [
-            b"".join(head + array[i].tobytes() for head, array in zip(heads, arrays, strict=True))
-            for i in range(count)
-        ]
+        return [tuple([array[i, ...] for array in arrays]) for i in range(count)]
 
-    def encode(self, row: bytes) -> Row:
-        """Return the arrays of one row from its canonical bytes."""
-        arrays = []
-        at = 0
-        for spec in self._signature.inputs:
-            dtype = DTYPES[spec.datatype]
-            (rank,) = _LENGTH.unpack_from(row, at + 4 + len(spec.datatype))
-            at += 8 + len(spec.datatype)
-            shape = struct.unpack_from(f"<{rank}Q", row, at)
-            at += 8 * rank
-            size = int(np.prod(shape, dtype=np.int64))
-            arrays.append(np.frombuffer(row, dtype, size, at).reshape(shape))
-            at += size * dtype.itemsize
-        return tuple(arrays)
+    def canonical(self, question: Row) -> bytes:
+        """Return, input by input: lengths, datatype, shape and the little-endian bytes."""
+        specs = self._signature.inputs
+        return b"".join(_head(s, a) + a.tobytes() for s, a in zip(specs, question, strict=True))
 
-    def decode(self, output: Row, _row: bytes = b"") -> Answer:
-        """Return the model's arrays as they are."""
-        return Answer(tuple(output), None)
+    def prepare(self, question: Row) -> PreparedRow:
+        """Return the arrays as they are."""
+        shapes = tuple([array.shape for array in question])
+        return PreparedRow(shapes, sum([array.nbytes for array in question]), question)
+
+    def encode_batch(self, batch: Sequence[Row], buffers: Sequence[Array]) -> None:
+        """Copy the arrays of each row into the buffers."""
+        for at, target in enumerate(buffers):
+            for i, row in enumerate(batch):
+                target[i] = row[at]
+
+    def decode_batch(self, outputs: Sequence[Array], batch: Sequence[Row]) -> list[Answer]:
+        """Return the model's arrays as they are, each row with bytes of its own."""
+        return [Answer(tuple([output[i].copy() for output in outputs]), None) for i in range(len(batch))]
+
+    def tensors(self, question: Row) -> tuple[Tensor, ...]:
+        """Return each input as a tensor of one row."""
+        return tuple(
+            Tensor(spec.name, spec.datatype, (1, *array.shape), array[None])
+            for spec, array in zip(self._signature.inputs, question, strict=True)
+        )
+
+    def read(self, reply: InferReply, *, with_extras: bool) -> Answer:
+        """Read a reply of one row; see `Processor.read`."""
+        return read_answer(self._signature, reply, None, with_extras=with_extras)
+
+    def fuse(self, edge: Answer, cloud: Answer) -> Answer:  # noqa: ARG002 - see `fusion_version`
+        """Return the cloud's answer."""
+        return cloud
 
 
 def _checked(tensor: Tensor, spec: TensorSpec) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
@@ -103,5 +135,5 @@ def _checked(tensor: Tensor, spec: TensorSpec) -> np.ndarray[tuple[int, ...], np
 
 def _head(spec: TensorSpec, array: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> bytes:
     word = spec.datatype.encode("ascii")
-    shape = array.shape[1:]
+    shape = array.shape
     return _LENGTH.pack(len(word)) + word + _LENGTH.pack(len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)

@@ -3,13 +3,16 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.core.errors import InvalidRequest, TooLarge
-from edge_runtime.core.messages import Answer, Row, Signature, Tensor, TensorSpec
+from edge_runtime.core.escalation.score_fusion import Pooling, join
+from edge_runtime.core.messages import Answer, Array, InferReply, Signature, Tensor, TensorSpec
+from edge_runtime.core.protocol.replies import read_answer
+from edge_runtime.processing import Encoder, PreparedRow
 
 #: The output on request with which the two tiers join their evidence.
 SCORES = "scores"
@@ -19,11 +22,12 @@ SIGNATURE = Signature(
 )
 
 
-class Featuriser(Protocol):
-    """Text -> the model's input arrays."""
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """How answers of this model are fused with those of the cloud's version `cloud_version`."""
 
-    def encode(self, text: str) -> Row:
-        """Return the arrays of one row, without the batch axis."""
+    cloud_version: str
+    pooling: Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,10 @@ class Calibration:
     out_of_scope: int | None = None
 
     def read(self, logits: NDArray[np.float32], best: int) -> tuple[float, NDArray[np.float32]]:
-        """Return the probability that label `best` (the largest logit) is right, and all log-probabilities.
+        """Return the raw score of label `best` (the largest logit), and all log-probabilities.
 
-        Both arrays are `[labels] FP32`; the log-probabilities are the softmax at `temperature`.
+        Both arrays are `[labels] FP32`; the log-probabilities are the softmax at `temperature`. `chance` turns
+        the raw score into the probability that the label is right.
         """
         shifted = (logits - logits[best]) / np.float32(self.temperature)
         shares = np.exp(shifted)
@@ -53,7 +58,7 @@ class Calibration:
         score = 1.0 / float(total)
         if self.out_of_scope is not None:
             score *= 1.0 - score * float(shares[self.out_of_scope])
-        return self.chance(score), shifted - np.log(total)
+        return score, shifted - np.log(total)
 
     def chance(self, score: float) -> float:
         """Return the probability of being right for a probability the model claims."""
@@ -94,32 +99,17 @@ def texts_of(inputs: Sequence[Tensor], max_text_bytes: int) -> list[bytes]:
     return list(tensor.data)
 
 
-class TextClassification:
-    """Splits requests into texts, encodes them, and reads logits `[labels]` as an answer."""
+class TextTask:
+    """What tasks on one BYTES tensor of texts share: rows are UTF-8 texts, and a label is among the answers."""
 
     def __init__(
-        self,
-        featuriser: Featuriser,
-        labels: Sequence[str],
-        calibration: Calibration,
-        *,
-        version: str,
-        max_text_bytes: int,
+        self, featuriser: Encoder, labels: Sequence[str], *, version: str, max_text_bytes: int
     ) -> None:
         self._featuriser = featuriser
         self._labels = tuple(label.encode("utf-8") for label in labels)
-        self._calibration = calibration
+        self._known = frozenset(self._labels)
         self._version = version
         self._max_text_bytes = max_text_bytes
-        self._signature = replace(SIGNATURE, on_request=(TensorSpec(SCORES, "FP32", (-1, len(labels))),))
-
-    @property
-    def signature(self) -> Signature:
-        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`; on request `scores [n, labels] FP32`.
-
-        The scores are log-probabilities in the order of the labels.
-        """
-        return self._signature
 
     @property
     def version(self) -> str:
@@ -132,21 +122,94 @@ class TextClassification:
         return self._labels
 
     @property
-    def model_outputs(self) -> tuple[TensorSpec, ...]:
-        """Logits `[labels] FP32`."""
-        return (TensorSpec("logits", "FP32", (-1, len(self._labels))),)
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        """Those of the featuriser."""
+        return self._featuriser.input_dtypes
 
     def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
         """Return each text's exact UTF-8 bytes; see `Processor.split`."""
         return texts_of(inputs, self._max_text_bytes)
 
-    def encode(self, row: bytes) -> Row:
-        """Return the featuriser's arrays of one text."""
-        return self._featuriser.encode(row.decode("utf-8"))
+    def canonical(self, question: bytes) -> bytes:
+        """Return the text itself."""
+        return question
 
-    def decode(self, output: Row, _row: bytes = b"") -> Answer:
-        """Return intent and confidence from logits `[labels] FP32`."""
-        logits = output[0]
+    def prepare(self, question: bytes) -> PreparedRow:
+        """See `Encoder.prepare`."""
+        return self._featuriser.prepare(question)
+
+    def encode_batch(self, batch: Sequence[Any], buffers: Sequence[Array]) -> None:
+        """See `Encoder.encode_batch`."""
+        self._featuriser.encode_batch(batch, buffers)
+
+    def tensors(self, question: bytes) -> tuple[Tensor, ...]:
+        """Return `text [1] BYTES`."""
+        return (Tensor("text", "BYTES", (1,), (question,)),)
+
+    def read_from(self, signature: Signature, reply: InferReply, *, with_extras: bool) -> Answer:
+        """Read a reply of one row by `signature`; its first output must be one of the labels (InvalidRequest)."""
+        answer = read_answer(signature, reply, "confidence", with_extras=with_extras)
+        if answer.values[0] not in self._known:
+            raise InvalidRequest("The cloud answered with a label this device does not know.")
+        return answer
+
+
+class TextClassification(TextTask):
+    """Splits requests into texts, encodes them, and reads logits `[labels]` as an answer."""
+
+    def __init__(
+        self,
+        featuriser: Encoder,
+        labels: Sequence[str],
+        calibration: Calibration,
+        *,
+        version: str,
+        max_text_bytes: int,
+        fusion: Fusion | None = None,
+    ) -> None:
+        super().__init__(featuriser, labels, version=version, max_text_bytes=max_text_bytes)
+        self._calibration = calibration
+        self._fusion = fusion
+        self._signature = replace(SIGNATURE, on_request=(TensorSpec(SCORES, "FP32", (-1, len(labels))),))
+
+    @property
+    def signature(self) -> Signature:
+        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`; on request `scores [n, labels] FP32`.
+
+        The scores are log-probabilities in the order of the labels.
+        """
+        return self._signature
+
+    @property
+    def model_outputs(self) -> tuple[TensorSpec, ...]:
+        """Logits `[labels] FP32`."""
+        return (TensorSpec("logits", "FP32", (-1, len(self._labels))),)
+
+    @property
+    def fusion_version(self) -> str | None:
+        """As the bundle's calibration says."""
+        return None if self._fusion is None else self._fusion.cloud_version
+
+    def decode_batch(self, outputs: Sequence[Array], batch: Sequence[Any]) -> list[Answer]:
+        """Return intent, confidence and scores from logits `[rows, labels] FP32`."""
+        (logits,) = outputs
+        return [self._answer(logits[i]) for i in range(len(batch))]
+
+    def _answer(self, logits: Array) -> Answer:
         best = int(logits.argmax())
-        confidence, scores = self._calibration.read(logits, best)
-        return Answer((self._labels[best], np.float32(confidence)), confidence, (scores,))
+        raw, scores = self._calibration.read(logits, best)
+        confidence = self._calibration.chance(raw)
+        return Answer((self._labels[best], np.float32(confidence)), confidence, (scores,), raw)
+
+    def read(self, reply: InferReply, *, with_extras: bool) -> Answer:
+        """Read a reply of one row; see `Processor.read`."""
+        return self.read_from(self._signature, reply, with_extras=with_extras)
+
+    def fuse(self, edge: Answer, cloud: Answer) -> Answer:
+        """Pool both tiers' log-probabilities; see `Processor.fuse`."""
+        assert self._fusion is not None, "fuse without fusion_version"
+        (scores,) = cloud.extras
+        if self._labels[int(scores.argmax())] != cloud.values[0]:
+            raise InvalidRequest("The cloud's scores do not belong to its answer.")
+        pooled, best, chance = join(edge.extras[0], scores, self._fusion.pooling)
+        return Answer((self._labels[best], np.float32(chance)), chance, (pooled,))

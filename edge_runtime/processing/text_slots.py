@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.core.messages import Answer, Row, Signature, Tensor, TensorSpec
-from edge_runtime.processing.text_classification import Calibration, texts_of
-from edge_runtime.processing.words import WordFeaturiser
+from edge_runtime.core.messages import Answer, Array, InferReply, Signature, TensorSpec
+from edge_runtime.processing.text_classification import Calibration, TextTask
+from edge_runtime.processing.words import WordFeaturiser, Words
 
 SIGNATURE = Signature(
     inputs=(TensorSpec("text", "BYTES", (-1,)),),
@@ -27,7 +27,7 @@ _REACH = 80.0
 _encode = msgspec.json.Encoder().encode
 
 
-class TextSlots:
+class TextSlots(TextTask):
     """Splits requests into texts, encodes their words, and reads logits `[labels]` and `[words, tags]`.
 
     Tag 0 is outside of any slot, 2k + 1 begins a value of slot k and 2k + 2 goes on with it.
@@ -44,27 +44,14 @@ class TextSlots:
         max_text_bytes: int,
     ) -> None:
         """`calibration` maps the probability of intent and all tags together to that of a wholly right answer."""
-        self._featuriser = featuriser
-        self._labels = tuple(label.encode("utf-8") for label in labels)
+        super().__init__(featuriser, labels, version=version, max_text_bytes=max_text_bytes)
         self._slots = tuple(slots)
         self._calibration = calibration
-        self._version = version
-        self._max_text_bytes = max_text_bytes
 
     @property
     def signature(self) -> Signature:
         """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`, `slots [n] BYTES`."""
         return SIGNATURE
-
-    @property
-    def version(self) -> str:
-        """Part of every cache key."""
-        return self._version
-
-    @property
-    def labels(self) -> tuple[bytes, ...]:
-        """The intents, in the order of the logits."""
-        return self._labels
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -79,24 +66,22 @@ class TextSlots:
             TensorSpec("tags", "FP32", (-1, -1, 2 * len(self._slots) + 1)),
         )
 
-    def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
-        """Return each text's exact UTF-8 bytes; see `Processor.split`."""
-        return texts_of(inputs, self._max_text_bytes)
+    @property
+    def fusion_version(self) -> None:
+        """None: slots of two tiers are not joined."""
 
-    def encode(self, row: bytes) -> Row:
-        """Return the words' indices `[words, features] INT32` of one text."""
-        return self._featuriser.encode(row.decode("utf-8"))
-
-    def decode(self, output: Row, row: bytes, /) -> Answer:
-        """Return intent, confidence and slots from both logits of the text `row`.
+    def decode_batch(self, outputs: Sequence[Array], batch: Sequence[Words]) -> list[Answer]:
+        """Return intent, confidence and slots from logits `[rows, labels]` and `[rows, words, tags] FP32`.
 
         Slots are a JSON list of objects `slot`, `value`, `start`, `end` (code points of the text, the end
         exclusive) and `confidence`, the probability of these tags. The answer's confidence is that intent
         and all slots are right.
         """
-        logits, tags = output
-        text = row.decode("utf-8")
-        places = self._featuriser.places(text)
+        logits, tags = outputs
+        return [self._answer(logits[i], tags[i], words) for i, words in enumerate(batch)]
+
+    def _answer(self, logits: Array, tags: Array, words: Words) -> Answer:
+        text, places = words
         tags = tags[: len(places)]
         path = best_path(tags)
         temperature = self._calibration.temperature
@@ -116,9 +101,18 @@ class TextSlots:
         of_intents = logits.tolist()
         top = max(of_intents)
         spread = sum([exp((logit - top) / temperature) for logit in of_intents])
-        confidence = self._calibration.chance(prod(chances) / spread)
+        raw = prod(chances) / spread
+        confidence = self._calibration.chance(raw)
         label = self._labels[of_intents.index(top)]
-        return Answer((label, np.float32(confidence), _encode(found)), confidence)
+        return Answer((label, np.float32(confidence), _encode(found)), confidence, raw_score=raw)
+
+    def read(self, reply: InferReply, *, with_extras: bool) -> Answer:
+        """Read a reply of one row; see `Processor.read`."""
+        return self.read_from(SIGNATURE, reply, with_extras=with_extras)
+
+    def fuse(self, edge: Answer, cloud: Answer) -> Answer:  # noqa: ARG002 - see `fusion_version`
+        """Return the cloud's answer."""
+        return cloud
 
 
 def chances_of(logits: Reals, path: Sequence[int], temperature: float) -> list[float]:

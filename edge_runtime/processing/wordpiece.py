@@ -1,10 +1,16 @@
 """The only door to `tokenizers`: a text becomes word-piece ids, padded to one of a few lengths."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from tokenizers import Tokenizer
 
 from edge_runtime.core.errors import BundleError
-from edge_runtime.core.messages import Row
+from edge_runtime.core.messages import Array
+from edge_runtime.processing import PreparedRow
+
+_DTYPES = (np.dtype(np.int64), np.dtype(np.int64))
 
 
 class WordpieceFeaturiser:
@@ -26,13 +32,23 @@ class WordpieceFeaturiser:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self._lengths[-1])
 
-    def encode(self, text: str) -> Row:
-        """Return ids `[length] INT64` and mask `[length] INT64` (1: a token, 0: padding)."""
-        tokens = self._tokenizer.encode(text).ids
-        count = len(tokens)
-        length = next(length for length in self._lengths if length >= count)
-        ids = np.full(length, self._pad, np.int64)
-        ids[:count] = tokens
-        mask = np.zeros(length, np.int64)
-        mask[:count] = 1
-        return ids, mask
+    @property
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        """Ids and mask, both INT64."""
+        return _DTYPES
+
+    def prepare(self, text: bytes) -> PreparedRow:
+        """Return the ids of one text, with the first of the lengths that holds them."""
+        ids: list[int] = self._tokenizer.encode(text.decode("utf-8")).ids
+        length = next(length for length in self._lengths if length >= len(ids))
+        return PreparedRow(((length,), (length,)), 16 * length, ids)
+
+    def encode_batch(self, batch: Sequence[list[int]], buffers: Sequence[Array]) -> None:
+        """Write ids and mask, both `[rows, length] INT64` (mask 1: a token, 0: padding)."""
+        ids, mask = buffers
+        for i, tokens in enumerate(batch):
+            count = len(tokens)
+            ids[i, :count] = tokens
+            ids[i, count:] = self._pad
+            mask[i, :count] = 1
+            mask[i, count:] = 0

@@ -7,11 +7,14 @@ itself, its shape and its character n-grams, each hashed into one table as `ngra
 import re
 import zlib
 from array import array
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_runtime.core.messages import Row
+from edge_runtime.core.messages import Array
+from edge_runtime.processing import PreparedRow
 
 #: Splits "tobymac's" into three, so that a value never begins or ends inside a word.
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
@@ -24,8 +27,14 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _LONGEST_WORD = 40
 #: Words whose indices are kept, about 200 bytes each: most words of a command have been seen lately.
 _MEMO = 4096
-#: Texts whose places are kept from `encode` until their answers are read: more than a batch has.
-_TEXTS = 64
+_DTYPES = (np.dtype(np.int32),)
+
+
+class Words(NamedTuple):
+    """A text and where its words lie: start and end of each, in code points."""
+
+    text: str
+    places: list[tuple[int, int]]
 
 
 def words_of(text: str, limit: int) -> list[str]:
@@ -60,19 +69,28 @@ class WordFeaturiser:
         self._grams = grams
         self._padding = array("i", [buckets] * features).tobytes()
         self._indices = lru_cache(_MEMO)(self._computed)
-        self._places = lru_cache(_TEXTS)(places_of)
 
-    def places(self, text: str) -> list[tuple[int, int]]:
-        """Return where the words lie that `encode` sees, in code points. Not to be changed: it is kept."""
-        return self._places(text, self.lengths[-1])
+    @property
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        """One input, INT32."""
+        return _DTYPES
 
-    def encode(self, text: str) -> Row:
-        """Return the indices `[words, features] INT32` of one text, read-only; an empty text is all padding."""
-        places = self.places(text)
+    def prepare(self, text: bytes) -> PreparedRow:
+        """Return the text with the places of its words; its shape is `[words, features]`."""
+        plain = text.decode("utf-8")
+        places = places_of(plain, self.lengths[-1])
         length = next(length for length in self.lengths if len(places) <= length)
-        rows = [self._indices(text[start : min(end, start + _LONGEST_WORD)]) for start, end in places]
-        rows += [self._padding] * (length - len(places))
-        return (np.frombuffer(b"".join(rows), np.int32).reshape(length, self.features),)
+        shape = (length, self.features)
+        return PreparedRow((shape,), len(text) + 4 * length * self.features, Words(plain, places))
+
+    def encode_batch(self, batch: Sequence[Words], buffers: Sequence[Array]) -> None:
+        """Write the indices of each text into the only buffer, `[rows, words, features] INT32`."""
+        (out,) = buffers
+        length = out.shape[1]
+        for i, (text, places) in enumerate(batch):
+            rows = [self._indices(text[start : min(end, start + _LONGEST_WORD)]) for start, end in places]
+            rows += [self._padding] * (length - len(places))
+            out[i] = np.frombuffer(b"".join(rows), np.int32).reshape(length, self.features)
 
     def _computed(self, word: str) -> bytes:
         """The indices `[features] INT32` of one word, as memory."""

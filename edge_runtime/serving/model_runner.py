@@ -1,25 +1,36 @@
-"""The asyncio driver of one model: batching core + its engines, shared by both tiers.
+"""The asyncio driver of one model: scheduler + processor + engines, shared by both tiers.
 
-Everything decoded in one loop tick is submitted before the scheduler is asked once, so concurrent callers
-share a batch without any window. A model faster than a thread hop runs on the loop itself; any other in a thread
-for each of its engines. What goes wrong in a batch ends that batch alone and is counted; an engine that does not
-return is replaced.
+Everything submitted in one turn of the event loop is queued before the scheduler is asked once, so concurrent
+callers share a batch without any window. A model faster than a thread hop runs on the loop itself; any other in a
+thread for each of its engines. What goes wrong in a batch ends that batch alone and is counted.
+
+Ownership: a member is one row between its admission and its result. It belongs to this runner, in `_members`,
+under the id the scheduler knows; `_settle` takes it out, whatever happened, and nothing else does. A request has
+one future and as many members as rows; the future is set when the last member is settled.
+
+Interleavings that the code guards against:
+- A caller is cancelled while its row runs. The row keeps its place in the batch, so that its neighbours notice
+  nothing, and its result finds no member any more (`_settle` of an unknown id does nothing).
+- A caller is cancelled in the same turn in which its future was set. `_forget` then finds no members.
+- A batch hangs and its engine returns much later. Its members were settled long before; only what it holds in the
+  engine is released.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
-from edge_runtime.core.messages import Answer, LatencyProfile, ModelStatistics, Row
+from edge_runtime.core.messages import Answer, LatencyProfile, ModelStatistics, Row, Shapes
 from edge_runtime.core.scheduling.scheduler import NORMAL, Dispatch, QueueLimits, Refuse, Scheduler
 from edge_runtime.core.scheduling.windows import Policy
-from edge_runtime.engines import Engine, StepEngine
-from edge_runtime.processing import Processor
-from edge_runtime.serving.engine_thread import EngineThread
+from edge_runtime.engines import StepEngine
+from edge_runtime.processing import Processor, Question, encode_rows
+from edge_runtime.serving.batch_run import BatchRun, Miscounted, StepMember, StepRun, run_batch, run_step
+from edge_runtime.serving.supervision import AnyEngine, Supervisor
 
 _log = logging.getLogger(__name__)
 
@@ -29,12 +40,10 @@ INLINE_LIMIT_NS = 200_000
 
 #: Event loops round their timers up to this (epoll's time-out is in milliseconds, libuv's timers as well).
 _TICK_NS = 1_000_000
-
-_RENEWAL_S = 1.0  # before the second try, and twice as long before each further one
-_RENEWALS = 8  # tries to load an engine for one that hangs, in some four minutes
-
-#: What an engine returned for a batch, and when it began and ended.
-_Ran = tuple[Sequence[Any], int, int]
+#: Rows of one request are submitted for at most this long before others have the event loop for a turn.
+_SUBMIT_NS = 2_000_000
+#: Answers of a stream that may wait for its reader; at the mark the member stops until half of them are read.
+STREAM_HIGH_WATER = 16
 
 _REFUSALS = {
     RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
@@ -57,23 +66,70 @@ class Served:
     batch_rows: int
 
 
+#: What one row came to. Errors are values: a request's rows fail each on its own.
+RowResult = Served | Refused | EngineFailed
+
+
+@dataclass(slots=True)
+class _Request:
+    """One call: its rows' results by index, and the future that is set with the last of them."""
+
+    results: list[RowResult | None]
+    open_rows: int
+    done: "asyncio.Future[None]"
+    ids: list[int] = field(default_factory=list)
+    on_row: "Callable[[int, RowResult], None] | None" = None
+    is_all_or_nothing: bool = False
+
+
 @dataclass(slots=True)
 class _Member:
-    question: bytes
-    row: Row
-    future: "asyncio.Future[Served]"
+    """One admitted row."""
+
+    request: _Request
+    index: int
+    data: Any  # what the processor encodes and decodes from
     submitted_ns: int
-    partial: "Callable[[Answer], None] | None" = None  # told each step's output
+    sequence: "_Sequence | None" = None  # of a member that runs in steps
 
 
 @dataclass(slots=True)
-class _Slot:
-    """An engine, its thread (None: it runs on the loop), and the batches it has."""
+class _Sequence:
+    """What a member in steps has beside: where its state lies, the input of its next step, its reader."""
 
-    engine: Engine | StepEngine
-    thread: EngineThread | None
-    running: dict[int, tuple[Dispatch, asyncio.TimerHandle]] = field(default_factory=dict)
-    hung: set[int] = field(default_factory=set)  # of them, those whose callers were told
+    row: Row
+    size_bytes: int
+    deadline_ns: int | None
+    tenant: str
+    priority: int
+    home: StepEngine | None = None  # the engine that holds the state under `handle`
+    handle: int | None = None
+    stream: "_Stream | None" = None
+    is_paused: bool = False
+
+
+class _Stream:
+    """Answers between a member and its reader, with a high-water mark."""
+
+    def __init__(self, resume: Callable[[], None]) -> None:
+        self._resume = resume
+        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the member must stop until the reader has caught up."""
+        return self._answers.qsize() >= STREAM_HIGH_WATER
+
+    def put(self, answer: Answer | None) -> None:
+        """Add an answer, or None at the end."""
+        self._answers.put_nowait(answer)
+
+    async def get(self) -> Answer | None:
+        """Take the next answer; None at the end."""
+        answer = await self._answers.get()
+        if self._answers.qsize() == STREAM_HIGH_WATER // 2:
+            self._resume()
+        return answer
 
 
 def refusal(kind: RefusalKind, retry_after_ns: int | None = None) -> Refused:
@@ -90,7 +146,7 @@ class ModelRunner:
         self,
         name: str,
         processor: Processor,
-        engines: "Engine | StepEngine | Sequence[Engine | StepEngine]",
+        engines: "AnyEngine | Sequence[AnyEngine]",
         limits: QueueLimits | None = None,
         policy: Policy | None = None,
         *,
@@ -99,16 +155,21 @@ class ModelRunner:
         is_inline: bool = False,
         is_stepwise: bool = False,
         hang_limit_s: float = 30.0,
-        renew: "Callable[[], Engine | StepEngine] | None" = None,
+        load_engine: "Callable[[], AnyEngine] | None" = None,
     ) -> None:
         """Take ownership of the engines, which are alike; each is handed `depth` batches at a time.
 
-        `latency_profile` is what batches were measured to cost. `is_inline` runs batches of the only engine on the event loop:
-        right below INLINE_LIMIT_NS. `is_stepwise` says that they are StepEngines. `renew` loads another engine for one
-        that has not returned within `hang_limit_s`; it is called in a thread.
+        `latency_profile` is what batches were measured to cost. `is_inline` runs batches of the only engine on the
+        event loop: right below INLINE_LIMIT_NS. `is_stepwise` says that the only engine is a StepEngine.
+        `load_engine` loads another engine for one that has not returned within `hang_limit_s`; it is called in a
+        thread.
         """
         limits = limits or QueueLimits()
         each = list(engines) if isinstance(engines, Sequence) else [engines]
+        if is_stepwise and (len(each), depth) != (1, 1):
+            raise ValueError(
+                "a model that runs in steps has one engine of depth 1: its state lies in that engine"
+            )
         self.statistics = ModelStatistics()
         self._name, self._processor = name, processor
         self._scheduler = Scheduler(
@@ -117,10 +178,9 @@ class ModelRunner:
             engines=[depth] * len(each),
             latency_profile=latency_profile,
         )
-        self._slots = [
-            _Slot(engine, None if is_inline else EngineThread(f"engine-{name}-{i}"))
-            for i, engine in enumerate(each)
-        ]
+        self._supervisor = Supervisor(
+            name, each, self, is_inline=is_inline, hang_limit_s=hang_limit_s, load_engine=load_engine
+        )
         self._loop = asyncio.get_running_loop()
         self._members: dict[int, _Member] = {}
         self._next_id = 0
@@ -129,15 +189,12 @@ class ModelRunner:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stepwise = is_stepwise
-        self._hang_limit_s = hang_limit_s
-        self._renew = renew
-        self._renewals: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     @property
     def is_inline(self) -> bool:
         """Whether batches run on the event loop itself."""
-        return self._slots[0].thread is None
+        return self._supervisor.is_inline
 
     @property
     def waiting(self) -> int:
@@ -145,40 +202,78 @@ class ModelRunner:
         return self._scheduler.waiting
 
     async def run(
-        self, row: bytes, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
+        self, row: Question, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
     ) -> Answer:
-        """Answer one row (canonical bytes from the processor). See `run_timed`."""
+        """Answer one row. See `run_timed`."""
         return (await self.run_timed(row, deadline_ns=deadline_ns, tenant=tenant, priority=priority)).answer
 
     async def run_timed(
-        self, row: bytes, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
+        self, row: Question, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
     ) -> Served:
-        """Answer one row, batched with whoever else is waiting; of a step engine, the last of its outputs.
+        """Answer one row, batched with others that wait; of a step engine, the last of its outputs.
 
-        `deadline_ns` is in `time.monotonic_ns` terms; `priority` is 0 (first) to 2. Raises Refused and EngineFailed.
-        Cancelling the caller forgets this row alone.
+        Raises Refused and EngineFailed. See `run_rows`.
         """
-        request_id, member = self._submit(row, deadline_ns, tenant, priority)
+        (result,) = await self.run_rows([row], deadline_ns=deadline_ns, tenant=tenant, priority=priority)
+        if isinstance(result, Served):
+            return result
+        raise result
+
+    async def run_rows(
+        self,
+        rows: Sequence[Question],
+        *,
+        deadline_ns: int | None = None,
+        tenant: str = "",
+        priority: int = NORMAL,
+        on_row: Callable[[int, RowResult], None] | None = None,
+        is_all_or_nothing: bool = False,
+    ) -> list[RowResult]:
+        """Answer the rows of one request, as the processor split them; return what each came to.
+
+        `deadline_ns` is in `time.monotonic_ns` terms; `priority` is 0 (first) to 2. `on_row` is called with the
+        index and the result of each row as soon as it is known, and must not raise. With `is_all_or_nothing` the first
+        error is raised and the other rows are forgotten. A cancelled caller forgets its own rows alone.
+        """
+        request = _Request(
+            [None] * len(rows), len(rows), self._loop.create_future(), on_row=on_row,
+            is_all_or_nothing=is_all_or_nothing,
+        )  # fmt: skip
         try:
-            return await member.future
-        except asyncio.CancelledError:
-            self._forget(request_id)
+            turn_ns = time.monotonic_ns() + _SUBMIT_NS
+            for index, row in enumerate(rows):
+                now_ns = self._submit(request, index, row, deadline_ns, tenant, priority)
+                if now_ns > turn_ns:  # a thousand long texts must not hold the event loop
+                    await asyncio.sleep(0)
+                    turn_ns = time.monotonic_ns() + _SUBMIT_NS
+            if request.open_rows or is_all_or_nothing:
+                await request.done
+        except BaseException:
+            self._forget(request)
             raise
+        return [result for result in request.results if result is not None]
 
     async def stream(
-        self, row: bytes, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
+        self, row: Question, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
     ) -> AsyncIterator[Answer]:
-        """Yield what each step of a step engine says of one row. A caller that stops listening leaves the lane."""
-        request_id, member = self._submit(row, deadline_ns, tenant, priority)
-        told: asyncio.Queue[Answer | None] = asyncio.Queue()
-        member.partial = told.put_nowait
-        member.future.add_done_callback(lambda _: told.put_nowait(None))
+        """Yield what each step of a step engine says of one row.
+
+        A reader that stops listening frees the member. A slow reader stops its own member alone: at
+        STREAM_HIGH_WATER unread answers it takes part in no further step until half of them are read.
+        Raises Refused and EngineFailed, after the answers that came before.
+        """
+        request = _Request([None], 1, self._loop.create_future())
+        stream = _Stream(lambda: self._resume(request))
+        request.on_row = lambda _index, _result: stream.put(None)
         try:
-            while (answer := await told.get()) is not None:
+            self._submit(request, 0, row, deadline_ns, tenant, priority, stream)
+            while (answer := await stream.get()) is not None:
                 yield answer
-            member.future.result()
+            (result,) = request.results
+            if isinstance(result, Refused | EngineFailed):
+                raise result
         finally:
-            self._forget(request_id)
+            self._forget(request)
 
     async def drain(self) -> None:
         """Refuse new rows; return when every admitted one is answered."""
@@ -195,74 +290,116 @@ class ModelRunner:
             self._timer.cancel()
         for request_id in list(self._members):
             self._scheduler.cancel(request_id)
-            self._settle(request_id, error=refusal(RefusalKind.DRAINING))
-        for renewal in self._renewals:
-            renewal.cancel()
-        await asyncio.gather(*self._renewals, return_exceptions=True)
-        for slot in self._slots:
-            for _, watchdog in slot.running.values():
-                watchdog.cancel()
-            if slot.thread is None or not slot.running:
-                slot.engine.close()
-            else:  # after the batches it has; a hung engine is left to the end of the process
-                slot.thread.submit(slot.engine.close)
-            if slot.thread is not None:
-                slot.thread.stop()
+            self._settle(request_id, refusal(RefusalKind.DRAINING))
+        await self._supervisor.close()
 
-    def _submit(self, row: bytes, deadline_ns: int | None, tenant: str, priority: int) -> tuple[int, _Member]:
+    # Admission
+
+    def _submit(
+        self,
+        request: _Request,
+        index: int,
+        row: Question,
+        deadline_ns: int | None,
+        tenant: str,
+        priority: int,
+        stream: _Stream | None = None,
+    ) -> int:
+        """Queue one row, or settle it as refused; return the time."""
         started_ns = time.monotonic_ns()
-        encoded = self._processor.encode(row)
+        shapes, size_bytes, data = self._processor.prepare(row)
         now_ns = time.monotonic_ns()
-        self.statistics.compute_input.add(now_ns - started_ns)
-        lane: Hashable = tuple([array.shape for array in encoded])
+        self.statistics.compute_input.add(now_ns - started_ns, 0)  # counted once, where the row is encoded
+        sequence = None
+        if self._is_stepwise:
+            (first,) = encode_rows(self._processor, [row])
+            sequence = _Sequence(first, size_bytes, deadline_ns, tenant, priority, stream=stream)
         request_id = self._next_id
         self._next_id += 1
+        self._members[request_id] = _Member(request, index, data, now_ns, sequence)
+        request.ids.append(request_id)
+        self._enqueue(now_ns, request_id, shapes, size_bytes, deadline_ns, tenant, priority)
+        return now_ns
+
+    def _enqueue(
+        self,
+        now_ns: int,
+        request_id: int,
+        shapes: Shapes,
+        size_bytes: int,
+        deadline_ns: int | None,
+        tenant: str,
+        priority: int,
+    ) -> None:
         refused = self._scheduler.submit(
-            now_ns,
-            request_id,
-            lane,
-            size_bytes=sum([array.nbytes for array in encoded]),
-            deadline_ns=deadline_ns,
-            tenant=tenant,
-            priority=priority,
-        )
-        if refused is not None:
-            raise self._refusal(refused)
-        member = self._members[request_id] = _Member(row, encoded, self._loop.create_future(), now_ns)
+            now_ns, request_id, shapes,
+            size_bytes=size_bytes, deadline_ns=deadline_ns, tenant=tenant, priority=priority,
+        )  # fmt: skip
         self._idle.clear()
-        self._flush_soon()
-        return request_id, member
+        if refused is not None:
+            self._settle(request_id, self._refusal(refused))
+        else:
+            self._flush_soon()
 
     def _refusal(self, refused: Refuse) -> Refused:
         kind, counts = refused.kind, self.statistics.refused
         counts[kind.value] = counts.get(kind.value, 0) + 1
         return refusal(kind, refused.retry_after_ns)
 
-    def _forget(self, request_id: int) -> None:
-        self._scheduler.cancel(request_id)
-        self._members.pop(request_id, None)
+    def _forget(self, request: _Request) -> None:
+        """Take the rows of a request out that are not settled: its caller has gone."""
+        for request_id in request.ids:
+            member = self._members.pop(request_id, None)
+            if member is not None:
+                self._scheduler.cancel(request_id)
+                self._release(member)
         if not self._members:
             self._idle.set()
+
+    def _settle(self, request_id: int, result: RowResult) -> None:
+        """Take a row out with its result; nothing where its caller has gone."""
+        member = self._members.pop(request_id, None)
+        if member is None:
+            return
+        self._release(member)
+        request = member.request
+        request.results[member.index] = result
+        request.open_rows -= 1
+        if request.on_row is not None:
+            request.on_row(member.index, result)
+        if not request.done.done():
+            if request.is_all_or_nothing and not isinstance(result, Served):
+                request.done.set_exception(result)
+            elif not request.open_rows:
+                request.done.set_result(None)
+        if not self._members:
+            self._idle.set()
+
+    # Running
 
     def _flush_soon(self) -> None:
         if not self._is_flush_due:
             self._is_flush_due = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
-    def _flush(self) -> None:
-        """Ask the scheduler until it has nothing more to do, then set the one timer it needs."""
+    def flush(self) -> None:
+        """Start what the scheduler says, then set the one timer it needs.
+
+        Inline, one round of batches is a turn of the event loop: sockets, timers and other models have theirs
+        before the next round, however long the queue or a sequence of steps is.
+        """
         self._is_flush_due = False
         if self._is_closed:
             return
-        while True:
-            actions = self._scheduler.poll(time.monotonic_ns())
-            if not actions:
-                break
+        while actions := self._scheduler.poll(time.monotonic_ns()):
             for action in actions:
                 if isinstance(action, Refuse):
-                    self._settle(action.id, error=self._refusal(action))
+                    self._settle(action.id, self._refusal(action))
                 else:
                     self._start(action)
+            if self.is_inline and self._scheduler.waiting:
+                self._flush_soon()
+                break
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -275,147 +412,152 @@ class ModelRunner:
             self._timer = self._loop.call_later(delay_s, self._flush_soon)
 
     def _start(self, batch: Dispatch) -> None:
-        slot = self._slots[batch.engine]
-        engine = slot.engine
-        rows = [self._members[request_id].row for request_id in batch.ids]
+        processor = self._processor
+        if self._is_stepwise:
+            members = self._step_members(batch)
+            self._supervisor.start(batch, lambda engine: run_step(engine, processor, members))
+            return
+        data = [self._members[request_id].data for request_id in batch.ids]
+        shapes: Any = batch.lane
+        self._supervisor.start(batch, lambda engine: run_batch(engine, processor, shapes, data))
 
-        def run() -> _Ran:
-            started_ns = time.monotonic_ns()
-            return engine.run(rows), started_ns, time.monotonic_ns()
+    # What the supervisor reports
 
-        if slot.thread is None:
-            try:
-                ran = run()
-            except Exception as error:  # noqa: BLE001 - whatever a model raises ends its own batch only
-                self._give_up(batch, error, "raised")
+    def batch_finished(self, batch: Dispatch, result: BatchRun | StepRun) -> None:
+        """Hand out what a batch returned, and report it done."""
+        run = result.run if isinstance(result, StepRun) else result
+        rows, statistics = len(batch.ids), self.statistics
+        infer_ns = run.inferred_ns - run.encoded_ns
+        statistics.executions += 1
+        statistics.compute_input.add(run.encoded_ns - run.started_ns, rows)
+        statistics.compute_infer.add(infer_ns, rows)
+        statistics.compute_output.add(run.ended_ns - run.inferred_ns, rows)
+        statistics.batch_sizes[rows] = statistics.batch_sizes.get(rows, 0) + 1
+        if isinstance(result, StepRun):
+            self._keep_handles(batch, result)
+        staying: dict[int, Shapes] = {}
+        for i, (request_id, outcome) in enumerate(zip(batch.ids, run.results, strict=True)):
+            member = self._members.get(request_id)
+            if member is None:
+                continue
+            queue_ns = run.started_ns - member.submitted_ns
+            statistics.queue.add(queue_ns)
+            if isinstance(outcome, EngineFailed):
+                _log.error("model=%s event=row_failed error=%r", self._name, outcome.__cause__ or outcome)
+                self._settle(request_id, outcome)
+            elif run.following and (following := run.following[i]) is not None:
+                if self._goes_on(member, outcome, following):
+                    staying[request_id] = tuple([array.shape for array in following])
             else:
-                self._finish(batch, *ran)
-            return
+                if member.sequence is not None and member.sequence.stream is not None:
+                    member.sequence.stream.put(outcome)
+                self._settle(request_id, Served(outcome, queue_ns, infer_ns, rows))
+        self._scheduler.batch_done(
+            time.monotonic_ns(), batch.batch_id, run.ended_ns - run.started_ns, staying
+        )
 
-        def end_soon(ran: _Ran | None, error: BaseException | None) -> None:  # called in the engine's thread
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._end, slot, batch, ran, error)
-
-        # Batches that were handed to the engine before have their own time first.
-        patience_s = self._hang_limit_s * (1 + len(slot.running))
-        slot.running[batch.batch_id] = (batch, self._loop.call_later(patience_s, self._hang, slot, batch))
-        slot.thread.submit(run, end_soon)
-
-    def _end(self, slot: _Slot, batch: Dispatch, ran: _Ran | None, error: BaseException | None) -> None:
-        running = slot.running.pop(batch.batch_id, None)
-        if running is None:
-            return  # of an engine that was given up on: its batches were failed and reported then
-        running[1].cancel()
-        if batch.batch_id in slot.hung:  # it came back before it was replaced
-            slot.hung.remove(batch.batch_id)
-            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
-            if not slot.hung:
-                self._scheduler.engine_up(batch.engine)
-        elif ran is not None:
-            self._finish(batch, *ran)
-        else:
-            self._give_up(batch, error, "raised")
-        self._flush()
-
-    def _hang(self, slot: _Slot, batch: Dispatch) -> None:
-        """Answer the callers of a batch that takes too long; its engine gets nothing more until there is another."""
-        self._fail(batch, TimeoutError(f"no answer within {self._hang_limit_s:g} s"), "hung")
-        slot.hung.add(batch.batch_id)
-        self._scheduler.engine_down(batch.engine)
-        if self._renew is not None and not self._is_closed and len(slot.hung) == 1:
-            renewal = self._loop.create_task(
-                self._replace(slot, batch.engine, self._renew), name=f"renew-{self._name}"
-            )
-            self._renewals.add(renewal)
-            renewal.add_done_callback(self._renewals.discard)
-
-    async def _replace(self, slot: _Slot, index: int, renew: "Callable[[], Engine | StepEngine]") -> None:
-        engine = None
-        for attempt in range(_RENEWALS):
-            try:
-                engine = await asyncio.to_thread(renew)
-                break
-            except Exception as error:  # noqa: BLE001 - the old engine serves again, should it ever return
-                _log.error("model=%s event=renewal_failed error=%r", self._name, error)
-            await asyncio.sleep(_RENEWAL_S * 2**attempt)
-            if not slot.hung:
-                return
-        if engine is None:
-            return
-        if not slot.hung:  # it came back meanwhile
-            engine.close()
-            return
-        _log.warning("model=%s event=engine_replaced", self._name)
-        self.statistics.replaced += 1
-        self._slots[index] = _Slot(engine, EngineThread(f"engine-{self._name}-{index}"))
-        if slot.thread is not None:
-            slot.thread.submit(slot.engine.close)
-            slot.thread.stop()
-        for batch, watchdog in slot.running.values():
-            watchdog.cancel()
-            if batch.batch_id not in slot.hung:
-                self._fail(batch, TimeoutError("its engine hung"), "hung")
-            self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
-        slot.running.clear()
-        self._scheduler.engine_up(index)
-        self._flush()
-
-    def _give_up(self, batch: Dispatch, error: BaseException | None, how: str) -> None:
-        """Fail a batch that has ended, and report it done."""
-        self._fail(batch, error, how)
-        self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
-
-    def _fail(self, batch: Dispatch, error: BaseException | None, how: str) -> None:
+    def batch_failed(self, batch: Dispatch, error: BaseException, how: str) -> None:
+        """Answer the callers of a batch that has no answers."""
+        how = "miscounted" if isinstance(error, Miscounted) else how
         _log.error("model=%s event=batch_failed rows=%d error=%r", self._name, len(batch.ids), error)
         self.statistics.faults[how] = self.statistics.faults.get(how, 0) + 1
         for request_id in batch.ids:
             if request_id in self._members:
                 self.statistics.failures.add(time.monotonic_ns() - self._members[request_id].submitted_ns)
-            self._settle(request_id, error=EngineFailed("The model failed on this request."))
+            self._settle(request_id, EngineFailed("The model failed on this request."))
 
-    def _finish(self, batch: Dispatch, outputs: Sequence[Any], started_ns: int, ended_ns: int) -> None:
-        """Hand out what a batch returned, and report it done."""
-        rows, statistics = len(batch.ids), self.statistics
-        if len(outputs) != rows:
-            self._give_up(batch, ValueError(f"{len(outputs)} rows returned for {rows}"), "miscounted")
-            return
-        infer_ns = ended_ns - started_ns
-        statistics.executions += 1
-        statistics.compute_infer.add(infer_ns, rows)
-        statistics.batch_sizes[rows] = statistics.batch_sizes.get(rows, 0) + 1
-        staying: set[int] = set()
-        for request_id, output in zip(batch.ids, outputs, strict=True):
-            member = self._members.get(request_id)
-            if member is None:
-                continue
-            queue_ns = started_ns - member.submitted_ns
-            statistics.queue.add(queue_ns)
-            row, following = output if self._is_stepwise else (output, None)
-            try:
-                answer = self._processor.decode(row, member.question)
-            except Exception as error:  # noqa: BLE001 - one undecodable row must not hurt its neighbours
-                _log.error("model=%s event=decode_failed error=%r", self._name, error)
-                self._settle(request_id, error=EngineFailed("The model's output could not be read."))
-                continue
-            if member.partial is not None:
-                member.partial(answer)
-            if following is None:
-                self._settle(request_id, Served(answer, queue_ns, infer_ns, rows))
+    def batch_left(self, batch: Dispatch, result: BatchRun | StepRun | None = None) -> None:
+        """Report a failed batch done; what it holds in the engine is released."""
+        if isinstance(result, StepRun):
+            self._keep_handles(batch, result)
+        self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
+
+    def engine_down(self, engine: int) -> None:
+        """Hand the engine nothing."""
+        self._scheduler.engine_down(engine)
+
+    def engine_up(self, engine: int, *, is_new: bool) -> None:
+        """Hand the engine batches again; sequences whose state lay in the engine before it end as failed."""
+        if is_new:
+            self.statistics.replaced += 1
+            for request_id, member in list(self._members.items()):
+                if member.sequence is not None and member.sequence.home is not None:
+                    self._scheduler.cancel(request_id)
+                    self._settle(request_id, EngineFailed("The model failed on this request."))
+        self._scheduler.engine_up(engine)
+
+    # Sequences
+
+    def _step_members(self, batch: Dispatch) -> list[StepMember]:
+        members = []
+        for request_id in batch.ids:
+            member = self._members[request_id]
+            assert member.sequence is not None
+            members.append(StepMember(member.sequence.handle, member.sequence.row, member.data))
+        return members
+
+    def _keep_handles(self, batch: Dispatch, result: StepRun) -> None:
+        """Note where the state of new members lies; release that of members whose callers went during the step.
+
+        A member that had a handle before the step was released by `_forget`, with the caller.
+        """
+        engine: Any = self._supervisor.engine(batch.engine)
+        for i, handle in result.opened.items():
+            member = self._members.get(batch.ids[i])
+            if member is not None and member.sequence is not None:
+                member.sequence.home, member.sequence.handle = engine, handle
             else:
-                member.row = following
-                staying.add(request_id)
-        now_ns = time.monotonic_ns()
-        statistics.compute_output.add(now_ns - ended_ns, rows)
-        self._scheduler.batch_done(now_ns, batch.batch_id, infer_ns, staying)
+                self._release_handle(batch.engine, engine, handle)
 
-    def _settle(
-        self, request_id: int, served: Served | None = None, *, error: Refused | EngineFailed | None = None
-    ) -> None:
-        member = self._members.pop(request_id, None)
-        if member is not None and not member.future.done():
-            if error is not None:
-                member.future.set_exception(error)
-            elif served is not None:
-                member.future.set_result(served)
-        if not self._members:
-            self._idle.set()
+    def _goes_on(self, member: _Member, answer: Answer, following: Row) -> bool:
+        """Pass a partial answer on; return whether the member takes part in the next step."""
+        sequence = member.sequence
+        assert sequence is not None
+        sequence.row = following
+        if sequence.stream is None:
+            return True
+        sequence.stream.put(answer)
+        sequence.is_paused = sequence.stream.is_full
+        return not sequence.is_paused
+
+    def _resume(self, request: _Request) -> None:
+        """Let a member that waited for its reader take part in steps again."""
+        for request_id in request.ids:
+            member = self._members.get(request_id)
+            if member is None or member.sequence is None or not member.sequence.is_paused:
+                continue
+            sequence = member.sequence
+            sequence.is_paused = False
+            # The scheduler has seen this id leave, and takes no id twice.
+            del self._members[request_id]
+            again = self._next_id
+            self._next_id += 1
+            request.ids.append(again)
+            self._members[again] = member
+            shapes = tuple([array.shape for array in sequence.row])
+            now_ns = time.monotonic_ns()
+            self._enqueue(
+                now_ns,
+                again,
+                shapes,
+                sequence.size_bytes,
+                sequence.deadline_ns,
+                sequence.tenant,
+                sequence.priority,
+            )
+            return
+
+    def _release(self, member: _Member) -> None:
+        sequence = member.sequence
+        if sequence is not None and sequence.home is not None and sequence.handle is not None:
+            self._release_handle(0, sequence.home, sequence.handle)
+            sequence.handle = None
+
+    def _release_handle(self, index: int, engine: StepEngine, handle: int) -> None:
+        def release() -> None:
+            try:
+                engine.release(handle)
+            except Exception as error:  # noqa: BLE001 - whatever a model raises; nobody waits for this
+                _log.error("model=%s event=release_failed error=%r", self._name, error)
+
+        self._supervisor.call(index, engine, release)

@@ -29,25 +29,18 @@ from edge_runtime.core.messages import (
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.core.protocol.replies import build_reply, requested_outputs
 from edge_runtime.core.scheduling.scheduler import priority_of
-from edge_runtime.processing import Processor
+from edge_runtime.processing import Processor, Question
 from edge_runtime.serving.model_runner import ModelRunner, refusal
 from edge_runtime.uplink.cloud_answer import Cloud, cloud_answer
-from edge_runtime.uplink.score_fusion import Joining
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded model with its lane. `labels` is what a cloud answer may say; None: anything.
-
-    `joining` joins an escalated answer with the edge's own; None: the cloud's answer is taken as it is.
-    `engine` names what runs it, with its version.
-    """
+    """A loaded model with its runner. `engine` names what runs it, with its version."""
 
     info: ModelInfo
     processor: Processor
     lane: ModelRunner
-    labels: frozenset[bytes] | None = None
-    joining: Joining | None = None
     engine: str = ""
 
     @property
@@ -74,7 +67,11 @@ class _Travel:
 
     def trim(self, answer: Answer) -> Answer:
         """Without the outputs nobody asked for, which would fill the cache."""
-        return answer if self.wants_extras or not answer.extras else Answer(answer.values, answer.confidence)
+        return (
+            answer
+            if self.wants_extras or not answer.extras
+            else Answer(answer.values, answer.confidence, raw_score=answer.raw_score)
+        )
 
 
 @dataclass(slots=True)
@@ -243,18 +240,18 @@ class Service:
                 served.info.digest,
                 served.processor.version,
                 f"{served.engine or served.info.platform} {served.info.is_batch_invariant}",
-                f"{served.info.accept_threshold} {self._cloud is not None} {served.joining is not None}",
+                f"{served.info.accept_threshold} {self._cloud is not None} {served.processor.fusion_version}",
                 parameters,
                 outputs,
             )
         return prefix
 
-    async def _serve_row(self, served: ServedModel, row: bytes, travel: _Travel) -> Outcome:
+    async def _serve_row(self, served: ServedModel, row: Question, travel: _Travel) -> Outcome:
         """From the cache, or with whoever asks the same right now, or computed for all who do."""
         recall = self.recall
         if travel.prefix is None or recall is None:
             return await self._compute(served, row, travel, None)
-        key = travel.prefix.key(row)
+        key = travel.prefix.key(served.processor.canonical(row))
         looked_ns = time.monotonic_ns()
         found = recall.memory.get(looked_ns, key)
         while found is None and key in self._flights:
@@ -308,7 +305,9 @@ class Service:
             flight.set_exception(_Abandoned() if own else error)
             flight.exception()  # mark as seen: its followers may be gone
 
-    async def _compute(self, served: ServedModel, row: bytes, travel: _Travel, key: bytes | None) -> Outcome:
+    async def _compute(
+        self, served: ServedModel, row: Question, travel: _Travel, key: bytes | None
+    ) -> Outcome:
         """Ask the edge's model; where it is unsure and nothing forbids it, ask the cloud.
 
         `key` is the row's in the cache, None where the caller wants none of it.
@@ -348,14 +347,20 @@ class Service:
         return kept
 
     async def _escalate(
-        self, cloud: Cloud, served: ServedModel, row: bytes, travel: _Travel, edge: Answer, kept: Outcome
+        self, cloud: Cloud, served: ServedModel, row: Question, travel: _Travel, edge: Answer, kept: Outcome
     ) -> Outcome:
         """The cloud's outcome, or `kept` with the reason why there is none."""
         now_ns = time.monotonic_ns()
         deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
         try:
             answer, version = await cloud_answer(
-                cloud, served, row, edge, deadline_ns=deadline_ns, wants_extras=travel.wants_extras
+                cloud,
+                served.info.name,
+                served.processor,
+                row,
+                edge,
+                deadline_ns=deadline_ns,
+                wants_extras=travel.wants_extras,
             )
         except CloudUnavailable as failure:
             return replace(kept, reason=failure.reason, cloud_ns=time.monotonic_ns() - now_ns)
@@ -371,7 +376,9 @@ class Service:
             cloud_version=version,
         )
 
-    async def _hand_over(self, served: ServedModel, row: bytes, travel: _Travel, refused: Refused) -> Outcome:
+    async def _hand_over(
+        self, served: ServedModel, row: Question, travel: _Travel, refused: Refused
+    ) -> Outcome:
         """The cloud's outcome for a row the edge has no time or room for. Raises `refused` where there is none."""
         now_ns = time.monotonic_ns()
         cloud = self._cloud
@@ -386,7 +393,13 @@ class Service:
         deadline_ns = min(travel.deadline_ns, now_ns + self._cloud_timeout_ns)
         try:
             answer, version = await cloud_answer(
-                cloud, served, row, None, deadline_ns=deadline_ns, wants_extras=travel.wants_extras
+                cloud,
+                served.info.name,
+                served.processor,
+                row,
+                None,
+                deadline_ns=deadline_ns,
+                wants_extras=travel.wants_extras,
             )
         except (CloudError, InvalidRequest):
             raise refused from None

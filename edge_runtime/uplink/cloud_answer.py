@@ -1,24 +1,14 @@
-"""Asking the cloud tier for one row, and what of its answer is believed."""
+"""Asking the cloud tier for one row, and which part of its answer is believed."""
 
 from typing import Protocol
 
-from edge_runtime.core.errors import InvalidRequest
 from edge_runtime.core.escalation.decision import LinkState
-from edge_runtime.core.messages import (
-    Answer,
-    InferReply,
-    InferRequest,
-    ModelInfo,
-    OutputRequest,
-    Signature,
-    Tensor,
-)
-from edge_runtime.core.protocol.replies import read_answers
-from edge_runtime.uplink.score_fusion import Joining
+from edge_runtime.core.messages import Answer, InferReply, InferRequest, OutputRequest, Signature
+from edge_runtime.processing import Processor, Question
 
 
 class Cloud(Protocol):
-    """What the service needs of the uplink."""
+    """What escalation needs of the uplink."""
 
     def link_state(self) -> LinkState:
         """The state of the way to the cloud, now."""
@@ -27,39 +17,30 @@ class Cloud(Protocol):
         """Ask the cloud tier. Raises CloudUnavailable with the reason."""
 
 
-class Asker(Protocol):
-    """The edge's side of a model, as far as it matters to its answers from the cloud."""
-
-    @property
-    def info(self) -> ModelInfo:
-        """Name and signature, which the cloud's answer must fit."""
-
-    @property
-    def labels(self) -> frozenset[bytes] | None:
-        """What an answer may say; None: anything."""
-
-    @property
-    def joining(self) -> Joining | None:
-        """How both tiers' evidence is joined; None: the cloud's answer is taken as it is."""
-
-
 async def cloud_answer(
-    cloud: Cloud, served: Asker, row: bytes, edge: Answer | None, *, deadline_ns: int, wants_extras: bool
+    cloud: Cloud,
+    model: str,
+    processor: Processor,
+    question: Question,
+    edge: Answer | None,
+    *,
+    deadline_ns: int,
+    wants_extras: bool,
 ) -> tuple[Answer, str]:
-    """The cloud's answer and its model's version, joined with the edge's where both were fitted for it.
+    """Return the cloud's answer to one row and the version of its model.
 
-    Raises CloudUnavailable, CloudError, InvalidRequest.
+    The answer is fused with the edge's where the bundle was fitted for that version. Raises CloudUnavailable,
+    CloudError, InvalidRequest.
     """
-    joining = served.joining if edge is not None else None
-    with_extras = wants_extras or joining is not None
-    outputs = _every_output(served.info.signature) if with_extras else ()
-    question = InferRequest((Tensor("text", "BYTES", (1,), (row,)),), outputs=outputs)
-    reply = await cloud.ask(served.info.name, question, deadline_ns=deadline_ns)
-    if joining is not None and joining.cloud_version != reply.model_version:
-        joining = None  # fitted for another cloud, whose labels may be others: its scores are not read
-    (answer,) = _read_cloud(served, reply, with_extras=wants_extras or joining is not None)
-    if joining is not None and edge is not None:
-        answer = joining.join(edge, answer)
+    fuses = edge is not None and processor.fusion_version is not None
+    outputs = _every_output(processor.signature) if wants_extras or fuses else ()
+    request = InferRequest(processor.tensors(question), outputs=outputs)
+    reply = await cloud.ask(model, request, deadline_ns=deadline_ns)
+    # Scores of another version are not read: its labels may be others.
+    fuses = fuses and reply.model_version == processor.fusion_version
+    answer = processor.read(reply, with_extras=wants_extras or fuses)
+    if fuses and edge is not None:
+        answer = processor.fuse(edge, answer)
     return answer, reply.model_version
 
 
@@ -68,11 +49,3 @@ def _every_output(signature: Signature) -> tuple[OutputRequest, ...]:
         OutputRequest(spec.name, binary=spec.datatype != "BYTES")
         for spec in (*signature.outputs, *signature.on_request)
     )
-
-
-def _read_cloud(served: Asker, reply: InferReply, *, with_extras: bool) -> list[Answer]:
-    """The cloud's answer, believed only if it fits this device's own signature and labels (InvalidRequest)."""
-    answers = read_answers(served.info.signature, reply, 1, "confidence", with_extras=with_extras)
-    if served.labels is not None and any(answer.values[0] not in served.labels for answer in answers):
-        raise InvalidRequest("The cloud answered with a label this device does not know.")
-    return answers

@@ -5,12 +5,14 @@ import json
 import threading
 from contextlib import AsyncExitStack
 
+import numpy as np
 import pytest
 
 from cloud_fallback.cli import _load as load_models
 from cloud_fallback.config import CloudConfig
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.core.scheduling.scheduler import QueueLimits
+from edge_runtime.engines import run_rows
 from edge_runtime.engines.fake import FakeEngine
 from edge_runtime.loading.model import load_model
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS
@@ -40,7 +42,9 @@ class Cloud:
 
     def __init__(self, broker, *, gate=None, queue=1024, **settings):
         self.model = load_model("commands")
-        self.engine = FakeEngine(lambda row: self.model.engine.run([row])[0], gate=gate, max_batch=8)
+        self.engine = FakeEngine(
+            lambda row: run_rows(self.model.engine, [row])[0], gate=gate, max_batch=8, dtypes=[np.int32]
+        )
         self.lane = ModelRunner(
             "commands", self.model.processor, self.engine, QueueLimits(8, queue), is_inline=gate is None
         )
@@ -223,7 +227,7 @@ def test_a_worker_with_two_instances_serves_tenants_and_priorities_on_both():
             rows = [lane.run(b"turn the lights off", tenant="ab"[i % 2], priority=i % 3) for i in range(64)]
             answers = await asyncio.gather(*rows)
             assert {answer.values[0] for answer in answers} == {b"smart_home"}
-            assert len(lane._slots) == 2
+            assert len(lane._supervisor._slots) == 2
             assert lane.statistics.executions >= 2
 
     run(scenario)

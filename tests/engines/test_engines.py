@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.core.errors import BundleError, EngineFailed
+from edge_runtime.engines import run_rows
 from edge_runtime.engines.fake import FakeEngine
 from edge_runtime.engines.onnx import OnnxEngine
 from edge_runtime.engines.onnx_scan import scan
@@ -48,15 +49,15 @@ def rows(count, seed=0):
 def test_rows_are_answered_in_order(count):
     engine = OnnxEngine(model(), max_batch=8)
     batch = rows(count)
-    for row, (answer,) in zip(batch, engine.run(batch), strict=True):
+    for row, (answer,) in zip(batch, run_rows(engine, batch), strict=True):
         np.testing.assert_allclose(answer, row[0] @ WEIGHTS, rtol=1e-6)
 
 
 def test_answers_are_copies():
     engine = OnnxEngine(model(), max_batch=4)
-    (first,) = engine.run(rows(1))[0]
+    (first,) = run_rows(engine, rows(1))[0]
     kept = first.copy()
-    engine.run(rows(1, seed=1))
+    run_rows(engine, rows(1, seed=1))
     np.testing.assert_array_equal(first, kept)
 
 
@@ -73,8 +74,8 @@ def test_padding_rows_are_zero_after_a_fuller_batch():
     )
     engine = OnnxEngine(summing, max_batch=4)
     ones = (np.ones(2, np.float32),)
-    assert engine.run([ones] * 4)[0][0][0] == 5
-    assert engine.run([ones] * 3)[0][0][0] == 4
+    assert run_rows(engine, [ones] * 4)[0][0][0] == 5
+    assert run_rows(engine, [ones] * 3)[0][0][0] == 4
 
 
 def test_shapes_get_buckets_of_their_own_and_old_ones_are_dropped():
@@ -87,7 +88,7 @@ def test_shapes_get_buckets_of_their_own_and_old_ones_are_dropped():
     engine = OnnxEngine(identity, max_batch=4)
     for length in [*range(1, 40), 1]:
         row = (np.arange(length, dtype=np.float32),)
-        np.testing.assert_array_equal(engine.run([row, row])[1][0], row[0])
+        np.testing.assert_array_equal(run_rows(engine, [row, row])[1][0], row[0])
     assert len(engine._buckets) <= 16
 
 
@@ -95,8 +96,8 @@ def test_too_many_rows_and_unfit_rows_fail():
     engine = OnnxEngine(model(), max_batch=2)
     for bad in ([], rows(3), [(np.zeros(3, np.float32),)], [()], [(np.zeros((1, 2), np.float32),)]):
         with pytest.raises(EngineFailed):
-            engine.run(bad)
-    assert len(engine.run(rows(2))) == 2
+            run_rows(engine, bad)
+    assert len(run_rows(engine, rows(2))) == 2
 
 
 def test_a_failing_operator_is_an_engine_failure_and_no_end():
@@ -107,8 +108,8 @@ def test_a_failing_operator_is_an_engine_failure_and_no_end():
     )
     engine = OnnxEngine(gather, max_batch=4)
     with pytest.raises(EngineFailed):
-        engine.run([(np.array(99),)])
-    np.testing.assert_array_equal(engine.run([(np.array(1),)])[0][0], WEIGHTS[1])
+        run_rows(engine, [(np.array(99),)])
+    np.testing.assert_array_equal(run_rows(engine, [(np.array(1),)])[0][0], WEIGHTS[1])
 
 
 def test_a_fixed_batch_of_one_runs_single_rows():
@@ -286,13 +287,13 @@ def test_what_the_runtime_refuses_is_a_bundle_error():
 
 def test_fake_records_fails_and_miscounts():
     engine = FakeEngine(lambda row: (row[0] * 2,), fail_on=[2], error=ValueError("x"), miscount=0)
-    assert engine.run([(np.array(2),)])[0][0] == 4
+    assert run_rows(engine, [(np.array(2, np.float32),)])[0][0] == 4
     with pytest.raises(ValueError, match="x"):
-        engine.run(rows(3))
+        run_rows(engine, rows(3))
     engine.miscount = 2
-    assert len(engine.run(rows(3))) == 5
+    assert len(run_rows(engine, rows(3))) == 5
     engine.miscount = -1
-    assert len(engine.run(rows(3))) == 2
+    assert len(run_rows(engine, rows(3))) == 2
     assert engine.batch_sizes == [1, 3, 3, 3]
     engine.close()
     assert engine.is_closed
@@ -302,7 +303,7 @@ def test_fake_waits_at_its_gate():
     gate = threading.Event()
     engine = FakeEngine(gate=gate)
     done = []
-    thread = threading.Thread(target=lambda: done.extend(engine.run(rows(1))))
+    thread = threading.Thread(target=lambda: done.extend(run_rows(engine, rows(1))))
     thread.start()
     assert engine.entered.wait(5)
     assert not done

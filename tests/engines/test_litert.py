@@ -12,9 +12,11 @@ import pytest
 
 from edge_runtime.bundles.folder import find_bundle, load_bundle, write_bundle
 from edge_runtime.core.errors import BundleError, EngineFailed
+from edge_runtime.engines import run_rows
 from edge_runtime.engines.build import build_engine
 from edge_runtime.loading.model import load_model
 from edge_runtime.loading.trial_record import FirstLoads
+from edge_runtime.processing import decode_rows, encode_rows
 from tools import tflite_graph
 from tools.convert_tflite import convert, export_tflite, made_up_texts, read_weights
 from tools.tflite_graph import OPEN, Graph, Op
@@ -93,10 +95,14 @@ def test_the_wanted_runtime_is_the_one_that_runs(commands):
 def test_logits_are_those_of_the_onnx_bundle(commands, source):
     onnx = load_model(source)
     for start in range(0, len(TEXTS), 33):
-        batch = [commands.processor.encode(text.encode()) for text in TEXTS[start : start + 33]]
-        for (ours,), (theirs,) in zip(commands.engine.run(batch), onnx.engine.run(batch), strict=True):
+        batch = encode_rows(commands.processor, [text.encode() for text in TEXTS[start : start + 33]])
+        for (ours,), (theirs,) in zip(
+            run_rows(commands.engine, batch), run_rows(onnx.engine, batch), strict=True
+        ):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-    assert commands.processor.decode(commands.engine.run(batch)[0]).confidence is not None
+    assert (
+        decode_rows(commands.processor, run_rows(commands.engine, batch)[:1], [b""])[0].confidence is not None
+    )
     assert commands.accept_threshold == onnx.accept_threshold
 
 
@@ -114,21 +120,21 @@ def test_the_file_is_the_same_wherever_it_is_written(source):
 
 
 def test_neighbours_change_nothing(commands):
-    encoded = [commands.processor.encode(text.encode()) for text in TEXTS]
+    encoded = encode_rows(commands.processor, [text.encode() for text in TEXTS])
     extreme = (np.zeros(192, np.int32),)  # the same n-gram in every slot
     for row in encoded[:8]:
-        (alone,) = commands.engine.run([row])
-        among = commands.engine.run([row, *[extreme] * 31])[0]
-        swapped = commands.engine.run([row, *encoded[-31:]])[0]
+        (alone,) = run_rows(commands.engine, [row])
+        among = run_rows(commands.engine, [row, *[extreme] * 31])[0]
+        swapped = run_rows(commands.engine, [row, *encoded[-31:]])[0]
         np.testing.assert_array_equal(among[0], swapped[0])
         np.testing.assert_allclose(among[0], alone[0], rtol=0, atol=1e-5)
 
 
 def test_the_ladder_needs_an_interpreter_per_step(commands):
-    encoded = [commands.processor.encode(text.encode()) for text in TEXTS[:64]]
-    alone = [commands.engine.run([row])[0][0] for row in encoded]
+    encoded = encode_rows(commands.processor, [text.encode() for text in TEXTS[:64]])
+    alone = [run_rows(commands.engine, [row])[0][0] for row in encoded]
     for count in (1, 2, 3, 5, 8, 9, 64, 7, 1):
-        for (answer,), want in zip(commands.engine.run(encoded[:count]), alone, strict=False):
+        for (answer,), want in zip(run_rows(commands.engine, encoded[:count]), alone, strict=False):
             np.testing.assert_allclose(answer, want, rtol=0, atol=1e-5)
     (steps,) = commands.engine._buckets.values()
     assert set(steps) <= {1, 2, 4, 8, 16, 32, 64}
@@ -137,9 +143,9 @@ def test_the_ladder_needs_an_interpreter_per_step(commands):
 
 def test_answers_are_copies():
     engine = LitertEngine(identity(), max_batch=4)
-    (first,), (second,) = engine.run(rows(2))
+    (first,), (second,) = run_rows(engine, rows(2))
     kept = first.copy(), second.copy()
-    engine.run(rows(2, seed=1))
+    run_rows(engine, rows(2, seed=1))
     first += 1
     np.testing.assert_array_equal(first, kept[0] + 1)
     np.testing.assert_array_equal(second, kept[1])
@@ -148,8 +154,8 @@ def test_answers_are_copies():
 def test_padding_rows_are_zero_after_a_fuller_batch():
     engine = LitertEngine(mixing(), max_batch=4)
     ones = (np.ones(2, np.float32),)
-    assert engine.run([ones] * 4)[0][0][0] == 2
-    assert engine.run([ones] * 3)[0][0][0] == 1.75
+    assert run_rows(engine, [ones] * 4)[0][0][0] == 2
+    assert run_rows(engine, [ones] * 3)[0][0][0] == 1.75
 
 
 def tensor_bundle(path, model):
@@ -194,7 +200,7 @@ def test_shapes_get_buckets_of_their_own_and_old_ones_are_dropped():
     engine = LitertEngine(graph.model({"x": x}, {"y": graph.arithmetic(Op.ADD, x, x)}), max_batch=2)
     for length in [*range(1, 20), 1]:
         row = (np.arange(length, dtype=np.float32),)
-        np.testing.assert_array_equal(engine.run([row, row])[1][0], row[0] * 2)
+        np.testing.assert_array_equal(run_rows(engine, [row, row])[1][0], row[0] * 2)
     assert len(engine._buckets) == 16
 
 
@@ -203,8 +209,8 @@ def test_too_many_rows_and_unfit_rows_fail():
     long, wide, double = np.zeros(3, np.float32), np.zeros((1, 2), np.float32), np.zeros(2)
     for bad in ([], rows(3), [(long,)], [()], [(wide,)], [(double,)]):
         with pytest.raises(EngineFailed):
-            engine.run(bad)
-    assert len(engine.run(rows(2))) == 2
+            run_rows(engine, bad)
+    assert len(run_rows(engine, rows(2))) == 2
 
 
 def test_a_failing_operator_is_an_engine_failure_and_no_end():
@@ -213,18 +219,18 @@ def test_a_failing_operator_is_an_engine_failure_and_no_end():
     table = np.arange(6, dtype=np.float32).reshape(3, 2)
     engine = LitertEngine(graph.model({"x": at}, {"y": graph.gather(table, at)}), max_batch=4)
     with pytest.raises(EngineFailed, match="failed"):
-        engine.run([(np.array([99], np.int32),)])
-    np.testing.assert_array_equal(engine.run([(np.array([1], np.int32),)])[0][0][0], table[1])
+        run_rows(engine, [(np.array([99], np.int32),)])
+    np.testing.assert_array_equal(run_rows(engine, [(np.array([1], np.int32),)])[0][0][0], table[1])
 
 
 def test_batches_are_of_one_where_the_axis_is_fixed_or_the_caller_says_so():
     assert LitertEngine(identity((1, 2)), max_batch=8).max_batch == 1
     assert LitertEngine(identity(), max_batch=8, is_batch_invariant=False).max_batch == 1
     engine = LitertEngine(identity(), max_batch=8)
-    engine.run(rows(8))
+    run_rows(engine, rows(8))
     engine.deny_batches()
     assert (engine.max_batch, engine.is_batch_invariant) == (1, False)
-    assert len(engine.run(rows(1))) == 1
+    assert len(run_rows(engine, rows(1))) == 1
 
 
 def test_no_batch_axis_is_refused():
@@ -255,12 +261,12 @@ def test_outputs_that_do_not_follow_the_batch_are_an_engine_failure():
     x = graph.input("x", (OPEN, 2), np.float32)
     halves = graph.op(Op.RESHAPE, x, graph.weight(np.array([-1, 1], np.int32)), shape=(OPEN, 1))
     with pytest.raises(EngineFailed, match="one output row"):
-        LitertEngine(graph.model({"x": x}, {"y": halves}), max_batch=4).run(rows(1))
+        run_rows(LitertEngine(graph.model({"x": x}, {"y": halves}), max_batch=4), rows(1))
 
 
 def test_engines_are_built_by_name_and_closed_twice():
     engine = build_engine("tflite", identity(), max_batch=4, threads=1)
-    np.testing.assert_array_equal(engine.run(rows(3))[2][0], rows(3)[2][0])
+    np.testing.assert_array_equal(run_rows(engine, rows(3))[2][0], rows(3)[2][0])
     engine.close()
     engine.close()
 

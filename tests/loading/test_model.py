@@ -10,9 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_runtime.bundles.folder import load_bundle, write_bundle
 from edge_runtime.core.errors import BundleError
 from edge_runtime.core.messages import Tensor
+from edge_runtime.engines import run_rows
 from edge_runtime.engines.fake import FakeEngine
 from edge_runtime.loading.model import load_model
 from edge_runtime.loading.prepare import difference_in_company
+from edge_runtime.processing import decode_rows, encode_rows
 
 QUESTIONS = {
     "turn off the kitchen lights please": "smart_home",
@@ -78,9 +80,14 @@ def shipped(request):
     return load_model(request.param)
 
 
+def answer_of(model, text):
+    outputs = run_rows(model.engine, encode_rows(model.processor, [text]))
+    return decode_rows(model.processor, outputs, [text])[0]
+
+
 def test_shipped_models_answer_rightly(shipped):
     for text, intent in QUESTIONS.items():
-        answer = shipped.processor.decode(shipped.engine.run([shipped.processor.encode(text.encode())])[0])
+        answer = answer_of(shipped, text.encode())
         assert answer.values[0] == intent.encode(), text
         assert answer.confidence is not None
         assert 0.5 < answer.confidence < 1.0
@@ -95,14 +102,14 @@ def test_shipped_rows_do_not_depend_on_neighbours(shipped):
         "turn it off",
         "what is my balance and when was it last changed by someone",
     ]
-    rows = [shipped.processor.encode(text.encode()) for text in [*QUESTIONS, *odd]]
+    rows = encode_rows(shipped.processor, [text.encode() for text in [*QUESTIONS, *odd]])
     for row in rows:
         alike = [other for other in rows if other[0].shape == row[0].shape]
-        (alone,) = shipped.engine.run([row])
-        (twice, _) = shipped.engine.run([row, alike[-1]])
-        among = shipped.engine.run([row, *alike[::-1]])[0]
+        (alone,) = run_rows(shipped.engine, [row])
+        (twice, _) = run_rows(shipped.engine, [row, alike[-1]])
+        among = run_rows(shipped.engine, [row, *alike[::-1]])[0]
         # The same batch with other neighbours is the same to the bit; another size may choose another kernel.
-        swapped = shipped.engine.run([row, *alike])[0]
+        swapped = run_rows(shipped.engine, [row, *alike])[0]
         np.testing.assert_array_equal(among[0], swapped[0])
         for other in (twice, among):
             np.testing.assert_allclose(other[0], alone[0], rtol=0, atol=1e-5)
@@ -131,8 +138,8 @@ def load_bundle_path(name):
 def test_tensor_models_run(tmp_path):
     model = load_model(tensor_bundle(tmp_path / "tiny", DOUBLE))
     data = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
-    rows = [model.processor.encode(r) for r in model.processor.split([Tensor("x", "FP32", (3, 2), data)])]
-    got = [model.processor.decode(out).values[0] for out in model.engine.run(rows)]
+    rows = encode_rows(model.processor, model.processor.split([Tensor("x", "FP32", (3, 2), data)]))
+    got = [answer.values[0] for answer in decode_rows(model.processor, run_rows(model.engine, rows), rows)]
     np.testing.assert_array_equal(got, data * 2)
     assert (model.max_batch, model.accept_threshold) == (8, None)
 
@@ -180,7 +187,7 @@ def test_a_dynamically_quantised_model_runs_single_rows_and_says_why(tmp_path, c
 
 
 def test_independence_on_a_fake():
-    rows = [(np.array([float(i)]),) for i in range(3)]
+    rows = [(np.array([float(i)], np.float32),) for i in range(3)]
     assert difference_in_company(FakeEngine(), rows) == 0.0
     calls = []
     assert (

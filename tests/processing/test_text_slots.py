@@ -12,7 +12,9 @@ from edge_runtime.bundles.folder import find_bundle, load_bundle
 from edge_runtime.cli.main import main as edge
 from edge_runtime.core.errors import InvalidRequest, TooLarge
 from edge_runtime.core.messages import Tensor
+from edge_runtime.engines import run_rows
 from edge_runtime.loading.model import load_model
+from edge_runtime.processing import decode_rows, encode_rows
 from edge_runtime.processing.text_classification import Calibration
 from edge_runtime.processing.text_slots import TextSlots, best_path, chances_of, spans_of
 from edge_runtime.processing.words import WordFeaturiser, places_of, words_of
@@ -45,7 +47,9 @@ def tags(*path, words=None, strength=20.0):
 
 
 def decoded(text, path, **how):
-    answer = processor().decode((np.array([0, 20], np.float32), tags(*path, words=12, **how)), text.encode())
+    answer = decode_rows(
+        processor(), [(np.array([0, 20], np.float32), tags(*path, words=12, **how))], [text.encode()]
+    )[0]
     intent, confidence, slots = answer.values
     assert intent == b"play"
     assert confidence == pytest.approx(answer.confidence)
@@ -78,24 +82,28 @@ def test_every_visible_character_is_in_one_word(text):
 
 def test_golden_features():
     # Change these only together with the version of `text_slots`: shipped tables are trained for them.
-    (got,) = WORDS.encode("Play 2017 \u00e9")
+    (got,) = encode_rows(WORDS, [("Play 2017 \u00e9").encode()])[0]
     assert got.dtype == np.int32
     assert got.tolist() == GOLDEN
 
 
+def indices(text, featuriser=WORDS):
+    return encode_rows(featuriser, [text.encode()])[0][0]
+
+
 def test_the_memo_of_words_changes_nothing():
     text = "play play PLAY " + "x" * 50
-    first = WORDS.encode(text)[0].copy()
-    np.testing.assert_array_equal(WORDS.encode(text)[0], first)
+    first = indices(text)
+    np.testing.assert_array_equal(indices(text), first)
     fresh = WordFeaturiser(features=8, buckets=1000, grams=(3, 4), lengths=(4, 8, 12))
-    np.testing.assert_array_equal(fresh.encode(text)[0], first)
+    np.testing.assert_array_equal(indices(text, fresh), first)
     np.testing.assert_array_equal(first[0], first[1])
     assert (first[0] != first[2]).sum() == 1  # the shape alone
 
 
 @pytest.mark.parametrize(("count", "length"), [(0, 4), (4, 4), (5, 8), (12, 12), (13, 12), (999, 12)])
 def test_rows_are_as_long_as_the_next_length(count, length):
-    (row,) = WORDS.encode("a " * count)
+    (row,) = encode_rows(WORDS, [("a " * count).encode()])[0]
     assert row.shape == (length, 8)
     assert ((row[:, 0] != 1000) == (np.arange(length) < count)).all()
 
@@ -154,7 +162,7 @@ def test_confidence_is_of_everything_together():
 
 def test_the_temperature_softens_intent_and_tags():
     output = (np.array([0, 2], np.float32), tags(B_CITY, strength=2.0, words=12))
-    at_two = processor(2.0).decode(output, b"oslo")
+    at_two = decode_rows(processor(2.0), [output], [b"oslo"])[0]
     assert at_two.confidence == pytest.approx(np.e / (np.e + 1) * np.e / (np.e + 4), rel=1e-5)
     assert json.loads(at_two.values[2])[0]["confidence"] == pytest.approx(np.e / (np.e + 4), abs=1e-4)
 
@@ -171,12 +179,11 @@ def test_chances_are_the_softmax_however_far_the_logits_lie(strength, shift):
     )
 
 
-def test_more_texts_than_are_kept_between_encoding_and_reading():
+def test_each_text_keeps_its_own_places_from_encoding_to_reading():
     texts = [f"{'a ' * (i % 7)}oslo {i}" for i in range(200)]
-    for text in texts:
-        WORDS.encode(text)
-    for text in reversed(texts):
-        assert WORDS.places(text) == places_of(text, 12)
+    prepared = [WORDS.prepare(text.encode()).data for text in texts]
+    for text, words in zip(texts, prepared, strict=True):
+        assert words == (text, places_of(text, 12))
 
 
 def brute_force(logits):
@@ -245,8 +252,8 @@ def shipped():
 
 def test_the_shipped_bundle_finds_intents_and_slots(shipped):
     for text, (intent, slots) in COMMANDS.items():
-        (output,) = shipped.engine.run([shipped.processor.encode(text.encode())])
-        answer = shipped.processor.decode(output, text.encode())
+        (output,) = run_rows(shipped.engine, encode_rows(shipped.processor, [text.encode()]))
+        answer = decode_rows(shipped.processor, [output], [text.encode()])[0]
         assert answer.values[0] == intent.encode(), text
         found = json.loads(answer.values[2])
         assert {slot["slot"]: slot["value"] for slot in found} == slots, text
@@ -257,10 +264,10 @@ def test_the_shipped_bundle_finds_intents_and_slots(shipped):
 def test_shipped_rows_depend_neither_on_neighbours_nor_on_padding(shipped):
     assert shipped.is_batch_invariant
     assert shipped.max_batch > 1
-    rows = [shipped.processor.encode(text.encode()) for text in [*COMMANDS, "", "\U0001f600 " * 99]]
+    rows = encode_rows(shipped.processor, [text.encode() for text in [*COMMANDS, "", "\U0001f600 " * 99]])
     pad = shipped.manifest.processing.parameters["buckets"]
     for (row,) in rows:
-        ((logits, of_words),) = shipped.engine.run([(row,)])
+        ((logits, of_words),) = run_rows(shipped.engine, [(row,)])
         for longer in (16, 24, 64):
             if longer < len(row):
                 continue
@@ -268,7 +275,7 @@ def test_shipped_rows_depend_neither_on_neighbours_nor_on_padding(shipped):
             padded[: len(row)] = row
             neighbour = np.full_like(padded, pad - 1)
             for batch in ([(padded,)], [(neighbour,), (padded,), (neighbour,)]):
-                got = shipped.engine.run(batch)[len(batch) // 2]
+                got = run_rows(shipped.engine, batch)[len(batch) // 2]
                 np.testing.assert_allclose(got[0], logits, rtol=0, atol=2e-5)
                 np.testing.assert_allclose(got[1][: len(row)], of_words, rtol=0, atol=2e-5)
 

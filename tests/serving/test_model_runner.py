@@ -10,7 +10,10 @@ import pytest
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
 from edge_runtime.core.messages import Answer
 from edge_runtime.core.scheduling.scheduler import QueueLimits
-from edge_runtime.serving import model_runner
+from edge_runtime.engines import Step
+from edge_runtime.engines.fake import FakeBatch
+from edge_runtime.processing import PreparedRow
+from edge_runtime.serving import supervision
 from edge_runtime.serving.model_runner import ModelRunner
 
 
@@ -20,14 +23,16 @@ class Echo:
     signature = None
     version = "1"
 
-    def split(self, inputs):
-        return [raw for tensor in inputs for raw in tensor.data]
+    input_dtypes = (np.dtype(np.int64),)
 
-    def encode(self, row):
-        return (np.array([int(row)], np.int64),)
+    def prepare(self, row):
+        return PreparedRow(((1,),), 8, int(row))
 
-    def decode(self, output, row):
-        return Answer((str(output[0][0]).encode(),), 1.0)
+    def encode_batch(self, batch, buffers):
+        buffers[0][:, 0] = batch
+
+    def decode_batch(self, outputs, batch):
+        return [Answer((str(number).encode(),), 1.0) for number in outputs[0][:, 0].tolist()]
 
 
 class Engine:
@@ -39,16 +44,19 @@ class Engine:
         self.max_batch, self.poison, self.loses, self.gate = max_batch, poison, loses, gate
         self.batches, self.entered, self.closed = [], threading.Event(), False
 
-    def run(self, rows):
-        numbers = [int(row[0][0]) for row in rows]
+    def bind(self, shapes, rows):
+        return FakeBatch(shapes, rows, [np.int64])
+
+    def run(self, batch):
+        numbers = batch.inputs[0][:, 0].tolist()
         self.batches.append(numbers)
         self.entered.set()
         if self.gate is not None:
             assert self.gate.wait(20)
         if self.poison in numbers:
             raise ValueError("poisoned")
-        out = [(row[0] * 2,) for row in rows]
-        return out[:-1] if self.loses else out
+        out = batch.inputs[0] * 2
+        return [out[:-1] if self.loses else out]
 
     def close(self):
         self.closed = True
@@ -144,7 +152,7 @@ def test_a_hung_engine_is_replaced_and_its_late_return_changes_nothing():
     async def scenario():
         gate = threading.Event()
         hung, fresh = Engine(gate=gate), Engine()
-        lane = ModelRunner("m", Echo(), hung, hang_limit_s=0.02, renew=lambda: fresh)
+        lane = ModelRunner("m", Echo(), hung, hang_limit_s=0.02, load_engine=lambda: fresh)
         with pytest.raises(EngineFailed):
             await lane.run(b"1")
         assert (await lane.run(b"2")).values == (b"4",)
@@ -168,7 +176,7 @@ def test_an_engine_that_cannot_be_replaced_serves_again_when_it_returns():
         def renew():
             raise OSError("the bundle is gone")
 
-        lane = ModelRunner("m", Echo(), engine, hang_limit_s=0.02, renew=renew)
+        lane = ModelRunner("m", Echo(), engine, hang_limit_s=0.02, load_engine=renew)
         with pytest.raises(EngineFailed):
             await lane.run(b"1")
         waiting = asyncio.create_task(lane.run(b"2"))
@@ -191,10 +199,10 @@ def test_an_engine_that_comes_back_while_another_is_loaded_is_kept_with_what_it_
             assert loaded.wait(20)
             return other
 
-        lane = ModelRunner("m", Echo(), engine, hang_limit_s=0.05, renew=renew)
+        lane = ModelRunner("m", Echo(), engine, hang_limit_s=0.05, load_engine=renew)
         with pytest.raises(EngineFailed):
             await lane.run(b"1")
-        lane._hang_limit_s = 20.0
+        lane._supervisor.hang_limit_s = 20.0
         await asyncio.to_thread(loading.wait, 20)
         gate.set()
         assert (await lane.run(b"2")).values == (b"4",)
@@ -213,7 +221,7 @@ def test_an_engine_that_comes_back_while_another_is_loaded_is_kept_with_what_it_
     run(scenario)
 
 
-def test_a_renewal_that_fails_is_tried_again(monkeypatch):
+def test_a_restart_that_fails_is_tried_again(monkeypatch):
     async def scenario():
         gate = threading.Event()
         hung, fresh, tries = Engine(gate=gate), Engine(), []
@@ -224,8 +232,8 @@ def test_a_renewal_that_fails_is_tried_again(monkeypatch):
                 raise OSError("not now")
             return fresh
 
-        monkeypatch.setattr(model_runner, "_RENEWAL_S", 0.001)
-        lane = ModelRunner("m", Echo(), hung, hang_limit_s=0.02, renew=renew)
+        monkeypatch.setattr(supervision, "_RESTART_S", 0.001)
+        lane = ModelRunner("m", Echo(), hung, hang_limit_s=0.02, load_engine=renew)
         with pytest.raises(EngineFailed):
             await lane.run(b"1")
         assert (await lane.run(b"2")).values == (b"4",)
@@ -260,11 +268,19 @@ class Countdown:
     name, is_batch_invariant, max_batch = "fake", True, 3
 
     def __init__(self):
-        self.steps, self.closed = [], False
+        self.steps, self.closed, self.opened, self.released = [], False, 0, []
 
-    def run(self, rows):
+    def open(self, row):
+        self.opened += 1
+        return self.opened
+
+    def step(self, handles, rows):
+        assert not set(handles) & set(self.released)
         self.steps.append([int(row[0][0]) for row in rows])
-        return [(row, (row[0] - 1,) if row[0][0] > 0 else None) for row in rows]
+        return [Step(row, (row[0] - 1,) if row[0][0] > 0 else None) for row in rows]
+
+    def release(self, handle):
+        self.released.append(handle)
 
     def close(self):
         self.closed = True
@@ -293,6 +309,7 @@ def test_members_of_a_step_lane_join_stream_and_leave_at_any_step(inline):
         assert any(6 > step[0] > 0 and 2 in step[1:] for step in engine.steps), "one joined a running group"
         assert lane.waiting == 0
         await lane.close()
+        assert sorted(engine.released) == [1, 2, 3, 4], "each state is freed exactly once"
 
     run(scenario)
 

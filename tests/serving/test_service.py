@@ -1,6 +1,7 @@
 """The use case over a fake engine: equal questions in flight, cancelled callers, what may be kept."""
 
 import asyncio
+import copy
 import random
 import threading
 
@@ -15,10 +16,10 @@ from edge_runtime.core.messages import Answer, InferReply, InferRequest, Origin,
 from edge_runtime.core.protocol.replies import build_reply
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.engines.fake import FakeEngine
-from edge_runtime.loading.model import labels_of, load_model
+from edge_runtime.loading.model import load_model
+from edge_runtime.processing.text_classification import Fusion
 from edge_runtime.serving.model_runner import ModelRunner
 from edge_runtime.serving.service import ServedModel, Service
-from edge_runtime.uplink.score_fusion import Joining
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,14 @@ class Cloud:
         return build_reply(model, "1", self.model.info.signature, [answer], InferRequest(()), {})
 
 
-def service(model, cloud=None, sure=False, engine=None, joining=None):
+def service(model, cloud=None, sure=False, engine=None, fusion=None):
     logits = np.zeros(len(model.processor.labels), np.float32)
     logits[0] = 50.0 if sure else 0.0
     engine = engine or FakeEngine(lambda row: (logits,), max_batch=8)
-    lane = ModelRunner("commands", model.processor, engine, QueueLimits(8, 100), is_inline=True)
-    served = ServedModel(model.info, model.processor, lane, labels_of(model.processor), joining)
+    processor = copy.copy(model.processor)
+    processor._fusion = fusion
+    lane = ModelRunner("commands", processor, engine, QueueLimits(8, 100), is_inline=True)
+    served = ServedModel(model.info, processor, lane)
     made = Service(
         {"commands": served},
         cache=Cache(1 << 20, 10**12),
@@ -214,8 +217,8 @@ def test_scores_are_read_only_of_the_cloud_they_were_fitted_for(model, version, 
     async def scenario():
         scores = np.full(width, -9.0)
         scores[1], scores[2] = -0.01, scores[2] + bad
-        joining = Joining("7", model.processor.labels, Pooling(1.0, 1.0, (0.0, 1.0), (0.2, 0.4)))
-        made, _, lane = service(model, scored(model, version, scores), joining=joining)
+        fusion = Fusion("7", Pooling(1.0, 1.0, (0.0, 1.0), (0.2, 0.4)))
+        made, _, lane = service(model, scored(model, version, scores), fusion=fusion)
         outcome = await made.ask("x")
         assert outcome.reason is reason
         if reason is Reason.UNSURE:
@@ -248,7 +251,7 @@ def crowded(model, cloud, limits=None):
     gate = threading.Event()
     engine = FakeEngine(lambda row: (np.zeros(len(model.processor.labels), np.float32),), gate=gate)
     lane = ModelRunner("commands", model.processor, engine, limits or QueueLimits(8, 1))
-    served = ServedModel(model.info, model.processor, lane, labels_of(model.processor))
+    served = ServedModel(model.info, model.processor, lane)
     made = Service(
         {"commands": served}, cache=None, cloud=cloud, device_secret=b"s" * 32, timeout_s=10, cloud_timeout_s=10
     )  # fmt: skip

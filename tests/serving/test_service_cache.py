@@ -1,6 +1,7 @@
 """The cache as callers meet it: who may share an answer, how long it lasts, and what happens in flight."""
 
 import asyncio
+import copy
 import threading
 import time
 from dataclasses import replace
@@ -29,7 +30,7 @@ from edge_runtime.core.messages import (
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.core.protocol.replies import build_reply
 from edge_runtime.engines.fake import FakeEngine
-from edge_runtime.loading.model import labels_of, load_model
+from edge_runtime.loading.model import load_model
 from edge_runtime.processing.tensors import Tensors
 from edge_runtime.runtime import Runtime
 from edge_runtime.serving.model_runner import ModelRunner
@@ -92,8 +93,10 @@ def served(model, sure=False, engine=None, info=None, **options):
     logits = np.zeros(len(model.processor.labels), np.float32)
     logits[0] = 50.0 if sure else 0.0
     engine = engine or FakeEngine(lambda row: (logits,), max_batch=8)
-    lane = ModelRunner("commands", model.processor, engine, is_inline=engine.gate is None)
-    return ServedModel(info or model.info, model.processor, lane, labels_of(model.processor), **options)
+    processor = copy.copy(model.processor)
+    processor._fusion = None
+    lane = ModelRunner("commands", processor, engine, is_inline=engine.gate is None)
+    return ServedModel(info or model.info, processor, lane, **options)
 
 
 def service_of(one, cloud=None, store=None, ttl_ns=HOUR, stale_ns=DAY, secret=b"s" * 32, cache=None):

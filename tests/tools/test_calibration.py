@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from edge_runtime.bundles.folder import find_bundle, load_bundle, write_bundle
 from edge_runtime.bundles.manifest import MAX_BINS, MAX_KNOTS
+from edge_runtime.engines import run_rows
 from edge_runtime.loading.model import load_model
+from edge_runtime.processing import decode_rows, encode_rows
 from tools.calibration.certificates import MIN_ROWS, certify, rows_needed, upper_bound
 from tools.calibration.error import debiased_calibration_error, expected_calibration_error
 from tools.calibration.fit import calibrate, prior_bins
@@ -250,8 +252,10 @@ def fresh(tmp_path_factory):
         text = (
             f"{('play song', 'what is the weather in', 'set a timer for', 'translate')[i % 4]} {i} zq{i * 7}"
         )
-        (row,) = model.engine.run([model.processor.encode(text.encode())])
-        lines.append({"text": text, "label": model.processor.decode(row).values[0].decode()})
+        (row,) = run_rows(model.engine, encode_rows(model.processor, [text.encode()]))
+        lines.append(
+            {"text": text, "label": decode_rows(model.processor, [row], [b""])[0].values[0].decode()}
+        )
     return lines
 
 

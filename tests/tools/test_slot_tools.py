@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from edge_runtime.engines import run_rows
 from edge_runtime.engines.onnx import OnnxEngine
 from edge_runtime.processing.words import WordFeaturiser
 from tools.evaluate_slots import evaluate, lines_of
@@ -185,7 +186,7 @@ def test_the_exported_model_says_what_the_net_says(lessons):
     net = trained(lessons, 6)
     intents, tags = logits_of(net, lessons.inputs)
     engine = OnnxEngine(export(net, 6), max_batch=32)
-    for i, (logits, of_words) in enumerate(engine.run([(inputs,) for inputs in lessons.inputs])):
+    for i, (logits, of_words) in enumerate(run_rows(engine, [(inputs,) for inputs in lessons.inputs])):
         there = lessons.tags[i] != IGNORED
         np.testing.assert_allclose(
             logits, intents[i], atol=0.1

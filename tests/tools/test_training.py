@@ -17,8 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from edge_runtime.bundles.folder import Trust, load_bundle
 from edge_runtime.bundles.signing import generate
+from edge_runtime.engines import run_rows
 from edge_runtime.engines.onnx import OnnxEngine
 from edge_runtime.loading.model import load_model
+from edge_runtime.processing import decode_rows, encode_rows
 from tools import train_commands
 from tools.encoder import Dropout, Encoder, Sizes
 from tools.pack import engine_logits
@@ -416,8 +418,8 @@ def test_a_file_becomes_a_bundle_that_answers(tmp_path, train):
     assert manifest.credits[0].name == "data: home.csv"
     assert "train_rows" in manifest.metrics
     model = load_model(tmp_path / "home")
-    (row,) = model.engine.run([model.processor.encode(b"please put on the sauna")])
-    assert model.processor.decode(row).values[0] == b"light_on"
+    (row,) = run_rows(model.engine, encode_rows(model.processor, [b"please put on the sauna"]))
+    assert decode_rows(model.processor, [row], [b""])[0].values[0] == b"light_on"
     assert report["calibration"]["accuracy"] > 0.9
     trained = read_trained(bundle.files[manifest.trained_rows])
     assert sum(text.text in trained for text in rows) == pytest.approx(report["data"]["train"], abs=3)

@@ -13,6 +13,7 @@ from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.bundles.folder import find_bundle, load_bundle, write_bundle
 from edge_runtime.config import CloudSettings, Config, ServerSettings, TrustSettings
 from edge_runtime.core.messages import InferRequest, Origin, OutputRequest, Reason, Tensor
+from edge_runtime.engines.fake import FakeBatch
 from edge_runtime.loading.model import load_model
 from edge_runtime.mqtt.connection import Broker, Connection
 from edge_runtime.mqtt.envelope import Message
@@ -30,12 +31,15 @@ class Oracle:
     def __init__(self, labels):
         self.labels, self.fails = labels, False
 
-    def run(self, rows):
+    def bind(self, shapes, rows):
+        return FakeBatch(shapes, rows, [np.int32])
+
+    def run(self, batch):
         if self.fails:
             raise ValueError("broken")
-        logits = np.zeros(self.labels, np.float32)
-        logits[0] = 50.0
-        return [(logits,) for _ in rows]
+        logits = np.zeros((len(batch.inputs[0]), self.labels), np.float32)
+        logits[:, 0] = 50.0
+        return [logits]
 
     def close(self):
         pass

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.processing import encode_rows
 from edge_runtime.processing.words import WordFeaturiser, places_of
 from tools.rows import LabelledText, Span
 
@@ -52,7 +53,7 @@ def encoded(
     inputs = np.full((len(rows), length, featuriser.features), featuriser.buckets, np.int32)
     tags = np.full((len(rows), length), IGNORED, np.int64)
     for i, row in enumerate(rows):
-        (indices,) = featuriser.encode(row.text)
+        ((indices,),) = encode_rows(featuriser, [row.text.encode()])
         known = tags_of(row, slots, length)
         inputs[i, : len(indices)] = indices[:length]
         tags[i, : len(known)] = known

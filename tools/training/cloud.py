@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from edge_runtime.bundles.manifest import ProcessingEntry
+from edge_runtime.processing import encode_rows
 from edge_runtime.processing.wordpiece import WordpieceFeaturiser
 from tools.encoder import PAD, Encoder, Sizes, load_pretrained, pretrained_folder
 from tools.rows import BadRows
@@ -62,7 +63,7 @@ def train_cloud(
             "text_wordpiece", "1", {"tokenizer": "tokenizer.json", "lengths": LENGTHS, "pad": PAD}
         ),
         {"tokenizer.json": tokenizer},
-        [featuriser.encode(text) for text in data.val.texts],
+        encode_rows(featuriser, [text.encode() for text in data.val.texts]),
         curve,
         used,
         max_batch=MAX_BATCH,

@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 from edge_runtime.bundles.manifest import ProcessingEntry
 from edge_runtime.core.messages import Row
+from edge_runtime.processing import encode_rows
 from edge_runtime.processing.ngrams import NgramFeaturiser
 from tools.training.augment import is_unspaced, recombine
 from tools.training.data import Data
@@ -85,7 +86,7 @@ def features_for(texts: Sequence[str]) -> Features:
 def featurised(texts: Sequence[str], features: Features, shape: Shape) -> NDArray[np.int32]:
     """Indices [n, slots] as the bundle computes them."""
     featuriser = NgramFeaturiser(buckets=shape.buckets, **asdict(features))
-    rows = [featuriser.encode(text)[0] for text in texts]
+    rows = [indices for (indices,) in encode_rows(featuriser, [text.encode() for text in texts])]
     return np.stack(rows) if rows else np.zeros((0, features.slots), np.int32)
 
 

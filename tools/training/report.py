@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.engines import run_rows
 from edge_runtime.loading.model import load_model
+from edge_runtime.processing import encode_rows
 from tools.calibration.error import Bin
 from tools.training.data import Data, rows_per_label
 from tools.training.loop import Epoch
@@ -46,13 +48,13 @@ def microseconds(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
     model = load_model(bundle)
     some = [text.encode() for text in (list(texts) * (1 + 200 // max(1, len(texts))))[:_TIMED]] or [b"hello"]
     for text in some[:50]:
-        model.engine.run([model.processor.encode(text)])
+        run_rows(model.engine, encode_rows(model.processor, [text]))
     work, run = [], []
     for text in some:
         began = time.perf_counter()
-        row = model.processor.encode(text)
+        (row,) = encode_rows(model.processor, [text])
         encoded = time.perf_counter()
-        model.engine.run([row])
+        run_rows(model.engine, [row])
         work.append(encoded - began)
         run.append(time.perf_counter() - encoded)
     model.engine.close()

@@ -7,6 +7,7 @@ import numpy as np
 from edge_runtime.core.errors import EngineFailed, InvalidRequest
 from edge_runtime.core.messages import (
     Answer,
+    Array,
     InferReply,
     InferRequest,
     OutputRequest,
@@ -49,26 +50,26 @@ def build_reply(
     )
 
 
-def read_answers(
-    signature: Signature, reply: InferReply, rows: int, confidence_output: str, *, with_extras: bool = False
-) -> list[Answer]:
-    """The inverse of `build_reply` for a reply that holds all outputs, `with_extras` also those on request.
+def read_answer(
+    signature: Signature, reply: InferReply, confidence_output: str | None, *, with_extras: bool = False
+) -> Answer:
+    """Read a reply of one row that holds all outputs, `with_extras` also those on request.
 
-    Raises InvalidRequest.
+    `confidence_output` names the output that carries the confidence, a number from 0 to 1; None where the task
+    has none. Raises InvalidRequest.
     """
     tensors = {tensor.name: tensor for tensor in reply.outputs}
-    columns = [_column(spec, tensors.get(spec.name), rows) for spec in signature.outputs]
-    confidences = tensors.get(confidence_output)
-    if confidences is None or isinstance(confidences.data, tuple):
-        raise InvalidRequest("The reply carries no confidence.")
-    values = [float(value) for value in confidences.data.reshape(-1)]
-    if not all(0.0 <= value <= 1.0 for value in values):
-        raise InvalidRequest("The reply's confidence lies outside 0 to 1.")
-    extras = [_column(spec, tensors.get(spec.name), rows) for spec in signature.on_request if with_extras]
-    return [
-        Answer(tuple(column[i] for column in columns), values[i], tuple(np.asarray(c[i]) for c in extras))
-        for i in range(rows)
-    ]
+    values = tuple(_first(spec, tensors.get(spec.name)) for spec in signature.outputs)
+    extras = [_first(spec, tensors.get(spec.name)) for spec in signature.on_request if with_extras]
+    confidence = None
+    if confidence_output is not None:
+        confidences = tensors.get(confidence_output)
+        if confidences is None or isinstance(confidences.data, tuple):
+            raise InvalidRequest("The reply carries no confidence.")
+        confidence = float(confidences.data.reshape(-1)[0])
+        if not 0.0 <= confidence <= 1.0:
+            raise InvalidRequest("The reply's confidence lies outside 0 to 1.")
+    return Answer(values, confidence, tuple(np.asarray(extra) for extra in extras))
 
 
 def _stack(index: int, spec: TensorSpec, answers: Sequence[Answer]) -> Tensor:
@@ -82,10 +83,20 @@ def _stack(index: int, spec: TensorSpec, answers: Sequence[Answer]) -> Tensor:
     return Tensor(spec.name, spec.datatype, stacked.shape, stacked)
 
 
-def _column(spec: TensorSpec, tensor: Tensor | None, rows: int) -> list[bytes | np.generic]:
-    shape = (rows, *spec.shape[1:])
-    if tensor is None or tensor.datatype != spec.datatype or tensor.shape != shape:
+def _first(spec: TensorSpec, tensor: Tensor | None) -> "bytes | Array | np.generic":
+    """Return the only row of an output, once it fits `spec`."""
+    shape = (1, *spec.shape[1:])
+    fits = (
+        tensor is not None
+        and tensor.datatype == spec.datatype
+        and len(tensor.shape) == len(shape)
+        and all(want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True))
+    )
+    if tensor is None or not fits:
         raise InvalidRequest(f"The reply lacks output {spec.name} as {spec.datatype} of shape {list(shape)}.")
-    if not isinstance(tensor.data, tuple) and not np.isfinite(tensor.data).all():
+    if isinstance(tensor.data, tuple):
+        return tensor.data[0]
+    if not np.isfinite(tensor.data).all():
         raise InvalidRequest(f"The reply's output {spec.name} holds values that are no numbers.")
-    return list(tensor.data)
+    first: Array | np.generic = tensor.data[0]
+    return first

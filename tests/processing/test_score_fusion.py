@@ -6,9 +6,17 @@ import pytest
 from edge_runtime.core.errors import InvalidRequest
 from edge_runtime.core.escalation.score_fusion import Pooling
 from edge_runtime.core.messages import Answer
-from edge_runtime.uplink.score_fusion import Joining
+from edge_runtime.processing.ngrams import NgramFeaturiser
+from edge_runtime.processing.text_classification import Calibration, Fusion, TextClassification
 
-JOINING = Joining("1", (b"a", b"b", b"c"), Pooling(1.0, 1.0, (0.0, 1.0), (0.0, 1.0)))
+PROCESSOR = TextClassification(
+    NgramFeaturiser(slots=4, buckets=8, grams=(3,), skips=False),
+    ["a", "b", "c"],
+    Calibration(1.0, (0.0, 1.0), (0.0, 1.0)),
+    version="1",
+    max_text_bytes=99,
+    fusion=Fusion("1", Pooling(1.0, 1.0, (0.0, 1.0), (0.0, 1.0))),
+)
 
 
 def answer(label, *scores):
@@ -16,7 +24,7 @@ def answer(label, *scores):
 
 
 def test_both_sides_count():
-    joined = JOINING.join(answer(b"a", -0.5, -1.0, -9.0), answer(b"b", -9.0, -0.6, -0.8))
+    joined = PROCESSOR.fuse(answer(b"a", -0.5, -1.0, -9.0), answer(b"b", -9.0, -0.6, -0.8))
     assert joined.values[0] == b"b"
     assert np.exp(joined.extras[0]).sum() == pytest.approx(1.0)
 
@@ -24,4 +32,4 @@ def test_both_sides_count():
 @pytest.mark.parametrize("scores", [(0.0, -9.0, -9.0), (np.nan, 0.0, 0.0), (0.0, np.inf, 0.0)])
 def test_scores_that_contradict_the_answer_or_are_no_numbers_are_refused(scores):
     with pytest.raises(InvalidRequest):
-        JOINING.join(answer(b"a", 0.0, -1.0, -2.0), answer(b"c", *scores))
+        PROCESSOR.fuse(answer(b"a", 0.0, -1.0, -2.0), answer(b"c", *scores))
