@@ -1,78 +1,96 @@
-"""The worker's configuration: one TOML file, every key with a default."""
+"""The worker's configuration: one TOML file, every key with a default, the shared sections as the edge has them."""
 
-import re
-import socket
 from pathlib import Path
-from typing import Annotated
-
-import msgspec
 
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.protocol.topics import is_id
-from edge_runtime.core.scheduling.windows import policy_of
-from edge_runtime.typed_toml import load_toml
+from edge_runtime.settings import (
+    BatchSettings,
+    BrokerSettings,
+    LimitSettings,
+    Positive,
+    RequestSettings,
+    TrustSettings,
+    check_batch,
+    check_broker,
+    id_from_host_name,
+)
+from edge_runtime.typed_toml import Renamed, load_toml
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+class WorkerBatchSettings(BatchSettings, frozen=True):
+    """How the requests of each model are batched, and how many may wait; the keys of the edge."""
+
+    max: Positive = 32
+    """Largest number of rows in one batch; a bundle may allow fewer."""
 
 
-class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a model may take."""
-
-    model_memory_mb: Positive | None = None  # at most, as measured at its first load; unset: no budget
-
-
-class CloudConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `cloud.toml` may say."""
+class CloudConfig(BrokerSettings, frozen=True):
+    """One TOML file. Every key has a default, so an empty file, or none, works."""
 
     broker: str = "mqtt://127.0.0.1:1883"
-    group: str = "workers"  # workers of one group share the requests
-    worker: str = ""  # empty: from the host name
+    """Address of the broker: `mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` with TLS."""
+    group: str = "workers"
+    """Id of the group of workers; each request reaches one worker of the group."""
+    worker: str = "auto"
+    """Id of this worker, unique at the broker; `"auto"` makes one of the host name."""
     models: tuple[str, ...] = ("models/commands-cloud",)
-    threads: Positive = 2  # of one model run
-    max_batch: Positive = 32
-    window: str | Annotated[float, msgspec.Meta(ge=0, le=60_000)] = (
-        "learned"  # "learned", "none", or milliseconds
-    )
-    instances: Positive = 1  # engines of each model, each in a thread of its own
-    depth: Positive = 1  # batches that each is handed at a time: 2 hides the copies to a GPU
-    queue: Positive = 1024
-    tenant_queue: Positive | None = None  # requests of one tenant that may wait; unset: all
-    tenant_engine_share: Annotated[float, msgspec.Meta(gt=0)] | None = (
-        None  # engine time of one tenant per time
-    )
-    max_in_flight: Positive = 64  # requests the broker may hand over before the first is acknowledged
-    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0  # for requests without a deadline
-    drain_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
-    trusted_keys: tuple[str, ...] = ()  # files with public keys; empty: the project's development key alone
-    allow_unsigned: bool = False  # also load bundles that nobody signed: for experiments
-    record: str = "auto"  # file of the versions that ran: a path, "auto" (state directory), or "off"
+    """Models to serve: names of bundled ones, or paths of bundles."""
+    threads: Positive = 2
+    """Threads of one model run."""
+    instances: Positive = 1
+    """Engines of each model, each in a thread of its own."""
+    depth: Positive = 1
+    """Batches that each engine is handed at a time; 2 hides the copies to a GPU."""
+    max_in_flight: Positive = 64
+    """Requests that the broker may deliver before the first is acknowledged."""
+    batch: WorkerBatchSettings = WorkerBatchSettings()
+    requests: RequestSettings = RequestSettings()
+    trust: TrustSettings = TrustSettings()
     limits: LimitSettings = LimitSettings()
-    username: str = ""
-    password_file: str = ""
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
+
+
+#: Former keys and words of this configuration, read for one release more.
+RENAMED = Renamed(
+    keys={
+        "max_batch": "batch.max",
+        "window": "batch.window",
+        "queue": "batch.queue",
+        "tenant_queue": "batch.tenant_queue",
+        "tenant_engine_share": "batch.tenant_engine_share",
+        "timeout_s": "requests.timeout_s",
+        "drain_s": "requests.drain_s",
+        "trusted_keys": "trust.keys",
+        "allow_unsigned": "trust.unsigned",
+        "record": "trust.record",
+    },
+    words={"batch.window": {"none": "off"}, "worker": {"": "auto"}},
+)
 
 
 def load_config(path: Path | None) -> CloudConfig:
     """Read and check the file; None gives the defaults. Raises ConfigError."""
     if path is None:
         return CloudConfig()
-    config = load_toml(path, CloudConfig)
-    if not re.fullmatch(r"mqtts?://[^/\s:@]+(:\d{1,5})?", config.broker):
-        raise ConfigError(
-            f'{path}: broker: expected mqtt://HOST[:PORT] or mqtts://HOST[:PORT]. Write broker = "mqtt://127.0.0.1:1883".'
-        )
-    policy_of(config.window, f"{path}: window")
-    if not is_id(config.group) or (config.worker and not is_id(config.worker)):
-        raise ConfigError(f'{path}: group, worker: expected ids such as "workers" and "gpu-1".')
-    if not config.models:
-        raise ConfigError(f'{path}: models: the list is empty. Write models = ["models/commands-cloud"].')
+    config = load_toml(path, CloudConfig, RENAMED)
+    check_config(config, str(path))
     return config
+
+
+def check_config(config: CloudConfig, where: str) -> None:
+    """Check what types cannot say. Raises ConfigError that begins with `where`."""
+    check_broker(config.broker, f"{where}: broker")
+    check_batch(config.batch, where)
+    for key, value, example in (("group", config.group, "workers"), ("worker", config.worker, "gpu-1")):
+        if not is_id(value):
+            raise ConfigError(
+                f"{where}: {key}: expected an id of lower-case letters, digits, '.', '_' or '-', "
+                f'at most 64 long. Write for example {key} = "{example}".'
+            )
+    if not config.models:
+        raise ConfigError(f'{where}: models: the list is empty. Write models = ["models/commands-cloud"].')
 
 
 def worker_id(config: CloudConfig) -> str:
     """The configured id, or one made of the host name."""
-    if config.worker:
-        return config.worker
-    return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower()).strip(".-_")[:64] or "worker"
+    return config.worker if config.worker != "auto" else id_from_host_name("worker")

@@ -82,7 +82,7 @@ class Worker:
         The broker hands over the rest of a burst as acknowledgements make room, so the end is when a
         round trip to it brings nothing new.
         """
-        until = time.monotonic() + self._config.drain_s
+        until = time.monotonic() + self._config.requests.drain_s
         while True:
             await self.connection.unsubscribe()
             remaining_s = until - time.monotonic()
@@ -175,7 +175,7 @@ class Worker:
         started_ns = time.monotonic_ns()
         request = oip.decode_request(*unpack(message))
         loaded = self._models[asked.model]
-        deadline_ns = started_ns + _remaining_ns(request, message, self._config.timeout_s)
+        deadline_ns = started_ns + _remaining_ns(request, message, self._config.requests.timeout_s)
         rows = loaded.model.processor.split(request.inputs)
         priority = priority_of(request.parameters.get("priority"))
         answers = await _all_rows(loaded.lane, rows, deadline_ns, asked.tenant, priority)

@@ -1,8 +1,11 @@
-"""TOML file -> typed value, or one sentence that names file, key, what was expected and how to mend it."""
+"""TOML file -> typed value, or one sentence that names file, key, what was expected and how to correct it."""
 
 import difflib
+import logging
 import re
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +14,7 @@ import msgspec
 from edge_runtime.core.errors import ConfigError
 
 Typed = TypeVar("Typed", bound=msgspec.Struct)
+_log = logging.getLogger(__name__)
 
 _WORDS = {
     "int": "a whole number",
@@ -23,7 +27,18 @@ _WORDS = {
 }
 
 
-def load_toml(path: Path, kind: type[Typed]) -> Typed:
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """Former spellings that are still read, with a warning. Keys are written `section.key`.
+
+    `keys`: former key -> key of today. `words`: key of today -> (former value -> value of today).
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def load_toml(path: Path, kind: type[Typed], renamed: Renamed | None = None) -> Typed:
     """Read `path` as `kind`. Raises ConfigError."""
     try:
         raw = path.read_bytes()
@@ -37,7 +52,65 @@ def load_toml(path: Path, kind: type[Typed]) -> Typed:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8.") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}.") from None
+    if renamed is not None:
+        _modernise(tree, renamed, str(path))
     return convert_tree(tree, kind, str(path))
+
+
+def _modernise(tree: dict[str, Any], renamed: Renamed, where: str) -> None:
+    """Move values from former keys to those of today, and put the words of today; log each. Raises ConfigError."""
+    for old, new in renamed.keys.items():
+        section, key = _section_of(tree, old)
+        if section is None or key not in section:
+            continue
+        if _look_up(tree, new) is not None:
+            raise ConfigError(
+                f"{where}: {_title(old)} is the former name of {_title(new)}, and the file has both. "
+                f"Remove {_title(old)}."
+            )
+        value = section.pop(key)
+        target, new_key = _section_of(tree, new, create=True)
+        if (
+            target is not None
+        ):  # else a plain value stands where the section should, and `convert_tree` says so
+            target[new_key] = value
+        _log.warning(
+            "%s: %s is now %s; write it there, because the next release does not read the former name.",
+            where, _title(old), _title(new),
+        )  # fmt: skip
+    for place, words in renamed.words.items():
+        value = _look_up(tree, place)
+        if isinstance(value, str) and value in words:
+            section, key = _section_of(tree, place)
+            assert section is not None
+            section[key] = words[value]
+            _log.warning(
+                '%s: %s = "%s" is now "%s"; write that, because the next release does not read the former word.',
+                where, _title(place), value, words[value],
+            )  # fmt: skip
+
+
+def _section_of(
+    tree: dict[str, Any], place: str, *, create: bool = False
+) -> tuple[dict[str, Any] | None, str]:
+    """The table that holds `place`, None where there is none, and the last part of `place`."""
+    *sections, key = place.split(".")
+    table: Any = tree
+    for section in sections:
+        table = table.setdefault(section, {}) if create else table.get(section)
+        if not isinstance(table, dict):
+            return None, key
+    return table, key
+
+
+def _look_up(tree: dict[str, Any], place: str) -> Any:
+    section, key = _section_of(tree, place)
+    return None if section is None else section.get(key)
+
+
+def _title(place: str) -> str:
+    *sections, key = place.split(".")
+    return f"{_section(sections)}{key}"
 
 
 def convert_tree(tree: dict[str, Any], kind: type[Typed], where: str) -> Typed:

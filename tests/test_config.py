@@ -1,11 +1,16 @@
 """Every mistake in a configuration gets one sentence with file, key and fix."""
 
+import msgspec
 import pytest
 
+from cloud_fallback.config import RENAMED as CLOUD_RENAMED
+from cloud_fallback.config import CloudConfig
 from cloud_fallback.config import load_config as load_cloud
-from edge_runtime.config import Config, load_config
+from edge_runtime.config import CloudSettings, Config, load_config
 from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.scheduling.windows import policy_of
+from edge_runtime.core.scheduling.scheduler import QueueLimits
+from edge_runtime.core.scheduling.windows import Policy
+from edge_runtime.settings import BrokerSettings, policy_of, queue_limits_of
 
 
 def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):
@@ -58,9 +63,101 @@ def test_the_worker_speaks_the_same_way(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "window_ns"), [('"learned"', None), ('"none"', 0), ("2", 2_000_000), ("0.5", 500_000)]
+    ("word", "window_ns"),
+    [('"learned"', None), ('"none"', 0), ('"off"', 0), ("2", 2_000_000), ("0.5", 500_000)],
 )
 def test_a_window_is_a_word_or_milliseconds(tmp_path, word, window_ns):
     path = tmp_path / "edge.toml"
     path.write_text(f"[batch]\nwindow = {word}")
-    assert policy_of(load_config(path).batch.window).window_ns == window_ns
+    assert policy_of(load_config(path).batch).window_ns == window_ns
+
+
+def written(folder, text):
+    path = folder / "some.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("max_batch = 7", lambda config: config.batch.max == 7),
+        ("window = 3", lambda config: config.batch.window == 3),
+        ("queue = 7", lambda config: config.batch.queue == 7),
+        ("tenant_queue = 7", lambda config: config.batch.tenant_queue == 7),
+        ("tenant_engine_share = 0.5", lambda config: config.batch.tenant_engine_share == 0.5),
+        ("timeout_s = 7", lambda config: config.requests.timeout_s == 7),
+        ("drain_s = 7", lambda config: config.requests.drain_s == 7),
+        ("trusted_keys = ['a']", lambda config: config.trust.keys == ("a",)),
+        ("allow_unsigned = true", lambda config: config.trust.unsigned),
+        ("record = 'off'", lambda config: config.trust.record == "off"),
+    ],
+)
+def test_a_former_key_is_read_beside_others_and_the_new_one_is_named(tmp_path, caplog, text, value):
+    path = written(tmp_path, f"{text}\n[batch]\nqueue_bytes = 5\n[trust]\n[requests]\n")
+    config = load_cloud(path)
+    assert value(config)
+    assert config.batch.queue_bytes == 5
+    old = text.split(" ")[0]
+    new = CLOUD_RENAMED.keys[old]
+    section, key = new.split(".")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"{path}: {old} is now [{section}] {key}; write it there")
+    caplog.clear()
+    assert value(load_cloud(written(tmp_path, f"[{section}]\n{key} = {text.split(' = ')[1]}")))
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("load", "text", "value"),
+    [
+        (load_config, '[batch]\nwindow = "none"', lambda config: config.batch.window == "off"),
+        (load_cloud, 'window = "none"', lambda config: config.batch.window == "off"),
+        (load_cloud, '[batch]\nwindow = "none"', lambda config: config.batch.window == "off"),
+        (load_cloud, 'worker = ""', lambda config: config.worker == "auto"),
+        (
+            load_config,
+            "[cloud]\nbroker = 'mqtt://x'\ndevice = ''",
+            lambda config: config.cloud.device == "auto",
+        ),
+    ],
+)
+def test_a_former_word_is_read_and_the_new_one_is_named(tmp_path, caplog, load, text, value):
+    assert value(load(written(tmp_path, text)))
+    assert "is now" in caplog.records[-1].getMessage()
+
+
+def test_a_former_key_beside_the_new_one_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"max_batch is the former name of \[batch\] max, .* Remove max_batch"
+    ):
+        load_cloud(written(tmp_path, "max_batch = 3\n[batch]\nmax = 3"))
+
+
+def test_a_former_key_beside_a_section_that_is_none_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match=r"batch: expected a \[section\], got a whole number"):
+        load_cloud(written(tmp_path, "max_batch = 3\nbatch = 3"))
+
+
+def test_both_tiers_have_the_same_keys_in_the_sections_they_share():
+    for section in ("batch", "requests", "trust", "limits"):
+        edge, cloud = getattr(Config(), section), getattr(CloudConfig(), section)
+        assert msgspec.to_builtins(edge).keys() == msgspec.to_builtins(cloud).keys()
+        assert isinstance(cloud, type(edge))
+    access = set(msgspec.structs.asdict(BrokerSettings(broker="mqtt://x")))
+    assert access <= set(msgspec.structs.asdict(CloudSettings(broker="mqtt://x")))
+    assert access <= set(msgspec.structs.asdict(CloudConfig()))
+    assert (Config().batch.max, CloudConfig().batch.max) == (8, 32)
+
+
+def test_every_key_of_the_batch_section_takes_effect(tmp_path):
+    path = written(
+        tmp_path,
+        "[batch]\nmax = 3\nwindow = 2\nduty_target = 0.5\nduty_wait_ms = 7\nqueue = 11\nqueue_bytes = 13\n"
+        "tenant_queue = 5\ntenant_engine_share = 0.25",
+    )
+    for load in (load_config, load_cloud):
+        batch = load(path).batch
+        assert queue_limits_of(batch) == QueueLimits(3, 11, 13, 5, 0.25)
+        assert policy_of(batch) == Policy(2_000_000, 0.5, 7_000_000)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.scheduling.lane import Lane
 
 
@@ -19,13 +18,6 @@ class Policy:
     duty_target: float | None = None
     duty_wait_ns: int = 100_000_000
     tick_ns: int = 0
-
-
-def policy_of(window: str | float, where: str = "window") -> Policy:
-    """Read the word or the milliseconds of a configuration. Raises ConfigError that names `where`."""
-    if isinstance(window, str) and window not in {"learned", "none"}:
-        raise ConfigError(f'{where}: expected "learned", "none" or milliseconds. Write window = "learned".')
-    return Policy(None if window == "learned" else 0 if window == "none" else int(float(window) * 1e6))
 
 
 class Windows:
