@@ -1,29 +1,30 @@
-"""Builds the service from a configuration, without any network listener: the runtime inside a program."""
+"""Puts the parts together as a configuration says, without any network listener: the runtime inside a program."""
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime import __version__
-from edge_runtime.bundles.trust import VersionRecord, read_trust, record_path, state_path, trials_path
+from edge_runtime.bundles.trust import state_path
 from edge_runtime.config import Config, device_id, load_config
 from edge_runtime.core.caching.cache import Cache
-from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, Reason
+from edge_runtime.core.messages import InferReply, InferRequest
 from edge_runtime.core.outcome import Outcome
-from edge_runtime.core.scheduling.scheduler import QueueLimits
-from edge_runtime.core.scheduling.windows import policy_of
-from edge_runtime.engines import Engine
 from edge_runtime.engines.build import engine_version
-from edge_runtime.loading.model import Model, cost_of, load_engine, load_model_soon
-from edge_runtime.loading.trial_record import FirstLoads
-from edge_runtime.serving.model_runner import INLINE_LIMIT_NS, ModelRunner
+from edge_runtime.serving.model_runner import INLINE_LIMIT_NS
 from edge_runtime.serving.service import ServedModel, Service
+from edge_runtime.serving.start_model import (
+    Admission,
+    RunnerSettings,
+    StartedModel,
+    read_admission,
+    start_models,
+)
+from edge_runtime.settings import policy_of, queue_limits_of
+from edge_runtime.status import status_of
 
 if TYPE_CHECKING:
     from edge_runtime.caching.answer_store import AnswerStore
@@ -51,40 +52,9 @@ class Runtime:
         if not isinstance(config, Config):
             config = load_config(config)
         async with AsyncExitStack() as stack:
-            models: dict[str, ServedModel] = {}
-            record = VersionRecord(record_path(config.trust.record, "edge-runtime"))
-            first_loads = first_loads_of(config)
-            trust = read_trust(config.trust.keys, allow_unsigned=config.trust.unsigned)
-            for name in config.models:
-                model = await load_model_soon(
-                    name,
-                    threads=config.threads,
-                    trust=trust,
-                    max_batch=config.batch.max,
-                    first_loads=first_loads,
-                )
-                renew = partial(
-                    load_engine,
-                    name,
-                    model.digest,
-                    threads=config.threads,
-                    trust=trust,
-                    max_batch=config.batch.max,
-                )
-                served = _serve(model, config, renew)
-                stack.push_async_callback(served.lane.close)
-                record.admit(model.name, model.manifest.engine, model.version, model.digest, model.signed_by)
-                if served.info.name in models:
-                    raise ConfigError(f"models: {served.info.name} is listed twice; remove one of them.")
-                models[served.info.name] = served
-            uplink = None
-            if config.cloud is not None:
-                # A device without a cloud pays nothing for it: 4 MB of memory, a tenth of a second.
-                from edge_runtime.uplink.uplink import Uplink  # noqa: PLC0415
-
-                uplink = Uplink(config.cloud, device=device_id(config.cloud))
-                stack.push_async_callback(uplink.close)
-                await uplink.start()
+            started = await start_models(config.models, _runner_settings(config), admission_of(config), stack)
+            models = {name: _served(one, config) for name, one in started.items()}
+            uplink = await _open_uplink(config, stack)
             store = await _open_store(models, config, stack)
             yield cls(_service(models, config, uplink, store), config, uplink)
 
@@ -105,71 +75,60 @@ class Runtime:
 
     def status(self) -> dict[str, object]:
         """What `edge-runtime status` shows, as JSON values."""
-        return {
-            "version": __version__,
-            "ready": self.service.is_ready,
-            "uptime_s": round((time.monotonic_ns() - self._started_ns) / 1e9, 1),
-            "memory_mb": _resident_mb(),
-            "models": [self._model_status(info) for info in self.service.models()],
-            "answers": [
-                {"model": model, "origin": origin, "reason": reason, "rows": rows}
-                for (model, origin, reason), rows in sorted(self.service.counters.outcomes.items())
-            ],
-            "cache": cache_status(self.service),
-            "cloud": None if self.uplink is None else self.uplink.status(),
-        }
-
-    def _model_status(self, info: ModelInfo) -> dict[str, object]:
-        statistics = self.service.statistics(info.name)
-        infer = statistics.compute_infer
-        return {
-            "name": info.name,
-            "version": info.version,
-            "platform": info.platform,
-            **cost_of(info),
-            "accept_threshold": info.accept_threshold,
-            "rows": statistics.requests.count,
-            "batches": statistics.executions,
-            "mean_batch": round(infer.count / statistics.executions, 2) if statistics.executions else None,
-            "waiting": self.service.waiting(info.name),
-            "refused": statistics.refused,
-            "failed_batches": statistics.faults,
-            "engines_replaced": statistics.replaced,
-        }
+        return status_of(self.service, self.uplink, uptime_ns=time.monotonic_ns() - self._started_ns)
 
 
-def first_loads_of(config: Config) -> FirstLoads:
-    """What decides which models may be loaded under `config`."""
-    return FirstLoads(
-        trials_path(record_path(config.trust.record, "edge-runtime")),
+def admission_of(config: Config) -> Admission:
+    """What a bundle must pass under `config`. Raises ConfigError."""
+    return read_admission(
+        "edge-runtime",
+        keys=config.trust.keys,
+        unsigned=config.trust.unsigned,
+        record=config.trust.record,
         memory_mb=config.limits.model_memory_mb,
-        lift="edge-runtime models verify --again",
+        retry_command="edge-runtime models verify --again",
     )
 
 
-def cache_status(service: Service) -> dict[str, object] | None:
-    """What both levels of the cache hold and did; None where it is off."""
-    if service.recall is None:
+def _runner_settings(config: Config) -> RunnerSettings:
+    return RunnerSettings(
+        threads=config.threads,
+        limits=queue_limits_of(config.batch),
+        policy=policy_of(config.batch),
+        inline_limit_ns=INLINE_LIMIT_NS,
+    )
+
+
+def _served(started: StartedModel, config: Config) -> ServedModel:
+    model = started.model
+    info = model.info
+    if config.escalation.accept is not None and info.accept_threshold is not None:
+        info = replace(info, accept_threshold=config.escalation.accept)
+    return ServedModel(
+        info,
+        model.processor,
+        started.runner,
+        engine_version(model.manifest.engine),
+    )
+
+
+async def _open_uplink(config: Config, stack: AsyncExitStack) -> "Uplink | None":
+    """The way to the cloud, where the configuration has one; it begins to connect and is not waited for."""
+    if config.cloud is None:
         return None
-    memory, disk = service.recall.memory, service.recall.disk
-    statistics = [service.statistics(info.name) for info in service.models()]
-    outcomes = service.counters.outcomes.items()
-    return {
-        "entries": len(memory),
-        "bytes": memory.size_bytes,
-        "hits": sum(counted.cache_hit.count for counted in statistics),
-        "misses": sum(counted.cache_miss.count for counted in statistics),
-        "coalesced": service.counters.coalesced,
-        "stale": sum(rows for (_, _, reason), rows in outcomes if reason == Reason.STALE),
-        "evictions": memory.evictions,
-        "disk": None if disk is None else disk.status(),
-    }
+    # Late: a device without a cloud pays nothing for it, neither 4 MB of memory nor a tenth of a second.
+    from edge_runtime.uplink.uplink import Uplink  # noqa: PLC0415
+
+    uplink = Uplink(config.cloud, device=device_id(config.cloud))
+    stack.push_async_callback(uplink.close)
+    await uplink.start()
+    return uplink
 
 
 async def _open_store(
-    models: dict[str, ServedModel], config: Config, stack: AsyncExitStack
+    models: Mapping[str, ServedModel], config: Config, stack: AsyncExitStack
 ) -> "AnswerStore | None":
-    """The second level of the cache, where it is wanted; it forgets the models that are not loaded any more."""
+    """The second level of the cache, where it is wanted; answers of models that are no longer loaded are dropped."""
     path = state_path(config.cache.path, "edge-runtime", "answers.db")
     if path is None or not config.cache.enabled:
         return None
@@ -183,7 +142,7 @@ async def _open_store(
 
 
 def _service(
-    models: dict[str, ServedModel], config: Config, uplink: "Uplink | None", store: "AnswerStore | None"
+    models: Mapping[str, ServedModel], config: Config, uplink: "Uplink | None", store: "AnswerStore | None"
 ) -> Service:
     cache: Cache[Outcome] | None = None
     if config.cache.enabled:
@@ -197,39 +156,3 @@ def _service(
         timeout_s=config.requests.timeout_s,
         cloud_timeout_s=config.cloud.timeout_s if config.cloud is not None else 0.0,
     )
-
-
-def _serve(model: Model, config: Config, renew: Callable[[], Engine]) -> ServedModel:
-    batch = config.batch
-    lane = ModelRunner(
-        model.name,
-        model.processor,
-        model.engine,
-        QueueLimits(batch.max, batch.queue, batch.queue_bytes, batch.tenant_queue, batch.tenant_engine_share),
-        replace(
-            policy_of(batch.window),
-            duty_target=batch.duty_target,
-            duty_wait_ns=int(batch.duty_wait_ms * 1e6),
-        ),
-        latency_profile=model.latency_profile,
-        is_inline=model.latency_profile[0][1] <= INLINE_LIMIT_NS,
-        load_engine=renew,
-    )
-    info = model.info
-    if config.escalation.accept is not None and info.accept_threshold is not None:
-        info = replace(info, accept_threshold=config.escalation.accept)
-    return ServedModel(
-        info,
-        model.processor,
-        lane,
-        engine_version(model.manifest.engine),
-    )
-
-
-def _resident_mb() -> float | None:
-    """Resident memory of this process in MB; None where the system has no /proc."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return round(pages * 4096 / 1e6, 1)

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 
-from cloud_fallback.cli import _load as load_models
-from cloud_fallback.config import CloudConfig
+from cloud_fallback.config import CloudConfig, WorkerBatchSettings
+from cloud_fallback.daemon import load_models
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.engines import run_rows
@@ -18,6 +18,7 @@ from edge_runtime.loading.model import load_model
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS
 from edge_runtime.mqtt.envelope import Message, unpack
 from edge_runtime.serving.model_runner import ModelRunner
+from edge_runtime.settings import TrustSettings
 from tests.uplink.test_escalation import TOPIC, Listener, run, until
 
 REPLIES = "er/v1/home/me/rsp"
@@ -222,8 +223,14 @@ def test_two_workers_with_one_id_are_told_so(broker):
 def test_a_worker_with_two_instances_serves_tenants_and_priorities_on_both():
     async def scenario():
         async with AsyncExitStack() as stack:
-            config = CloudConfig(models=("commands",), instances=2, depth=2, window="none", record="off")
-            lane = (await load_models(config, stack, again=False))["commands"].lane
+            config = CloudConfig(
+                models=("commands",),
+                instances=2,
+                depth=2,
+                batch=WorkerBatchSettings(window="off"),
+                trust=TrustSettings(record="off"),
+            )
+            lane = (await load_models(config, stack))["commands"].lane
             rows = [lane.run(b"turn the lights off", tenant="ab"[i % 2], priority=i % 3) for i in range(64)]
             answers = await asyncio.gather(*rows)
             assert {answer.values[0] for answer in answers} == {b"smart_home"}
