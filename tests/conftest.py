@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from edge_runtime.bundles.folder import find_bundle, load_bundle
 from edge_runtime.loading.trial_record import FirstLoads
+from tests.processes import EDGE, running
 
 #: `make soak` looks fifty times as long. Machines are shared: no example has a time limit.
 settings.register_profile("ci", max_examples=40, deadline=None)
@@ -101,3 +102,17 @@ def broker(tmp_path):
     running.start()
     yield running
     running.stop()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The file of a daemon that shares its addresses with nobody."""
+    path = tmp_path / "edge.toml"
+    path.write_text(f'[server]\nsocket = "{tmp_path}/e.sock"\ntcp = "127.0.0.1:0"\n')
+    return path
+
+
+@pytest.fixture
+def daemon(config):
+    with running(*EDGE, "serve", "--config", str(config)) as process:
+        yield process
