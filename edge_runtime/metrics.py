@@ -1,18 +1,31 @@
 """Prometheus text from the running totals; nothing is counted twice and nothing happens before a scrape."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from edge_runtime.caching.two_level import Store
+from edge_runtime.core.escalation.decision import LinkState
 from edge_runtime.serving.service import Service
-from edge_runtime.uplink.uplink import Uplink
+
+
+class CloudLink(Protocol):
+    """What is read of the way to the cloud.
+
+    Not the class `Uplink` itself: its module brings the MQTT library and TLS, 4 MB that a device without a cloud
+    would pay at its first scrape.
+    """
+
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+    def link_state(self) -> LinkState: ...
 
 
 class _Collector:
-    def __init__(self, service: Service, uplink: Uplink | None) -> None:
+    def __init__(self, service: Service, uplink: CloudLink | None) -> None:
         self._service = service
         self._uplink = uplink
 
@@ -23,7 +36,7 @@ class _Collector:
             yield from _cloud(self._uplink)
 
 
-def render(service: Service, uplink: Uplink | None) -> bytes:
+def render(service: Service, uplink: CloudLink | None) -> bytes:
     """The whole exposition in Prometheus' text format; label sets are closed."""
     registry = CollectorRegistry()
     registry.register(_Collector(service, uplink))
@@ -32,7 +45,7 @@ def render(service: Service, uplink: Uplink | None) -> bytes:
 
 def _models(service: Service) -> Iterable[Metric]:
     rows = CounterMetricFamily(
-        "edge_rows", "Rows answered, by where and why.", labels=["model", "origin", "reason"]
+        "edge_rows", "Rows answered, by origin and reason.", labels=["model", "origin", "reason"]
     )
     for labels, count in service.counters.outcomes.items():
         rows.add_metric(labels, count)
@@ -40,7 +53,7 @@ def _models(service: Service) -> Iterable[Metric]:
     summaries = {
         "requests": "End-to-end time of answered rows.",
         "failures": "Rows the model failed on.",
-        "queue": "Time rows waited for the engine.",
+        "queue": "Time that rows waited for an engine.",
         "compute_input": "Time from raw input to tensors.",
         "compute_infer": "Engine time, per row of the batch it ran in.",
         "compute_output": "Time from tensors to answers.",
@@ -54,9 +67,11 @@ def _models(service: Service) -> Iterable[Metric]:
             family.add_metric([info.name], duration.count, duration.ns / 1e9)
         yield family
     memory = GaugeMetricFamily(
-        "edge_model_memory_bytes", "Memory the model took at most in its trial.", labels=["model"]
+        "edge_model_memory_bytes",
+        "Largest memory of the model, as measured at its first load in the sandbox.",
+        labels=["model"],
     )
-    load = GaugeMetricFamily("edge_model_load_seconds", "Time loading the model took.", labels=["model"])
+    load = GaugeMetricFamily("edge_model_load_seconds", "Time that loading the model took.", labels=["model"])
     for info in service.models():
         if info.memory_bytes is not None:
             memory.add_metric([info.name], info.memory_bytes)
@@ -64,7 +79,7 @@ def _models(service: Service) -> Iterable[Metric]:
     yield memory
     yield load
     batches = CounterMetricFamily("edge_batches", "Batches run.", labels=["model"])
-    waiting = GaugeMetricFamily("edge_waiting_rows", "Rows that wait for the engine.", labels=["model"])
+    waiting = GaugeMetricFamily("edge_waiting_rows", "Rows that wait for an engine.", labels=["model"])
     for info in service.models():
         batches.add_metric([info.name], service.statistics(info.name).executions)
         waiting.add_metric([info.name], service.waiting(info.name))
@@ -76,7 +91,9 @@ def _models(service: Service) -> Iterable[Metric]:
 def _troubles(service: Service) -> Iterable[Metric]:
     refused = CounterMetricFamily("edge_refused_rows", "Rows the queue refused.", labels=["model", "kind"])
     faults = CounterMetricFamily("edge_failed_batches", "Batches that failed.", labels=["model", "fault"])
-    replaced = CounterMetricFamily("edge_engines_replaced", "Engines that hung.", labels=["model"])
+    replaced = CounterMetricFamily(
+        "edge_engines_replaced", "Engines that hung and were replaced.", labels=["model"]
+    )
     for info in service.models():
         statistics = service.statistics(info.name)
         for kind, count in statistics.refused.items():
@@ -91,40 +108,54 @@ def _troubles(service: Service) -> Iterable[Metric]:
 
 def _cache(service: Service) -> Iterable[Metric]:
     yield CounterMetricFamily(
-        "edge_coalesced_rows", "Rows that waited for an equal one in flight.", service.counters.coalesced
+        "edge_coalesced_rows",
+        "Rows that waited for the answer of an identical row in flight.",
+        service.counters.coalesced,
     )
     if service.recall is None:
         return
     memory = service.recall.memory
     yield GaugeMetricFamily("edge_cache_bytes", "Bytes the cache holds.", memory.size_bytes)
     yield GaugeMetricFamily("edge_cache_entries", "Answers the cache holds.", len(memory))
-    yield CounterMetricFamily("edge_cache_evictions", "Answers that went for others.", memory.evictions)
+    yield CounterMetricFamily(
+        "edge_cache_evictions", "Answers evicted to make room for others.", memory.evictions
+    )
     if service.recall.disk is not None:
         yield from _disk(service.recall.disk)
 
 
 def _disk(store: Store) -> Iterable[Metric]:
     yield GaugeMetricFamily(
-        "edge_disk_cache_up", "1 unless a fault of its file turned it off.", int(store.is_on)
+        "edge_disk_cache_up",
+        "1 while the cache on disk works, 0 after a fault of its file turned it off.",
+        int(store.is_on),
     )
-    yield GaugeMetricFamily("edge_disk_cache_bytes", "Bytes in the file.", store.size_bytes)
     yield GaugeMetricFamily(
-        "edge_disk_cache_lookup_seconds", "What a look-up took when it was measured.", store.lookup_ns / 1e9
+        "edge_disk_cache_bytes", "Bytes in the file of the cache on disk.", store.size_bytes
+    )
+    yield GaugeMetricFamily(
+        "edge_disk_cache_lookup_seconds",
+        "Time of one look-up in the cache on disk, as last measured.",
+        store.lookup_ns / 1e9,
     )
     events = CounterMetricFamily(
-        "edge_disk_cache_events", "Look-ups and what they found; writes.", labels=["event"]
+        "edge_disk_cache_events", "Look-ups by result, and writes, of the cache on disk.", labels=["event"]
     )
     for event, count in store.counters.items():
         events.add_metric([event], count)
     yield events
 
 
-def _cloud(uplink: Uplink) -> Iterable[Metric]:
+def _cloud(uplink: CloudLink) -> Iterable[Metric]:
     state = uplink.link_state()
     yield GaugeMetricFamily("edge_link_up", "1 while connected to the broker.", int(state.is_connected))
-    yield GaugeMetricFamily("edge_breaker_open", "1 while the breaker is open.", int(state.is_breaker_open))
+    yield GaugeMetricFamily(
+        "edge_breaker_open",
+        "1 while the circuit breaker keeps requests from the cloud.",
+        int(state.is_breaker_open),
+    )
     events = CounterMetricFamily(
-        "edge_uplink_events", "What happened on the way to the cloud.", labels=["event"]
+        "edge_uplink_events", "Requests sent to the cloud, by result.", labels=["event"]
     )
     for event, count in uplink.counters.items():
         events.add_metric([event], count)
