@@ -1,11 +1,11 @@
-"""Leaving off when asked to stop: the one place that handles signals, for both tiers' daemons."""
+"""How a process stops when it is asked to: the one place that handles signals, for the daemons of both tiers."""
 
 import asyncio
 import atexit
 import os
 import signal
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -16,9 +16,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def stop_signals() -> Iterator[asyncio.Event]:
     """An event that SIGTERM or SIGINT sets; a second one ends the process at once with exit code 1.
 
-    It belongs to a process of its own, in the main thread of a running loop. What comes after this block is not
-    undone: a loop that closes gives signals their deadly default back, and a second SIGTERM in those milliseconds
-    would end the process as if nobody had handled the first.
+    Use it once in a process, in the main thread, inside a running loop. The handlers that were there before are
+    deliberately not restored: closing the loop would reinstall SIG_DFL, and a second SIGTERM in those milliseconds would
+    end the process with the exit code of an unhandled signal.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -40,13 +40,16 @@ def stop_signals() -> Iterator[asyncio.Event]:
 
 
 def _ignore() -> None:
-    """The interpreter's own end takes no signals: its exit code is already decided."""
+    """Ignore signals while the interpreter ends: the exit code is already decided."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns; once `stop` is set, cancel it, wait for its end and return None."""
+    """What `work` returns; once `stop` is set, cancel it, wait for its end and return None.
+
+    Raises what `work` raises, also at its end after a stop.
+    """
     working = asyncio.create_task(work, name="work")
     stopping = asyncio.create_task(stop.wait(), name="stop")
     try:
@@ -54,8 +57,11 @@ async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T
         if working.done():
             return working.result()
         working.cancel()
-        with suppress(asyncio.CancelledError):
-            await working
+        # Not `await working`: the CancelledError of a caller that is cancelled here would look like that of `working`,
+        # and one of the two would be swallowed.
+        await asyncio.wait({working})
+        if not working.cancelled():
+            working.result()
         return None
     finally:
         stopping.cancel()
