@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import fields
 
+from cloud_fallback.config import load_config as load_cloud
 from edge_runtime.cli.main import main as edge
 from edge_runtime.config import load_config
+from tools import document_config
 
 TOP = Path(__file__).parent.parent
 PAGES = sorted([*TOP.glob("*.md"), *TOP.glob("docs/*.md"), *TOP.glob("models/*.md")])
@@ -27,9 +30,25 @@ def blocks(language):
 
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))
 def test_configurations_load(tmp_path, page, text):
-    path = tmp_path / "edge.toml"
+    """A block that begins with the comment `# cloud.toml` is the worker's; any other is the daemon's."""
+    path = tmp_path / "some.toml"
     path.write_text(text)
-    load_config(path)
+    (load_cloud if text.startswith("# cloud.toml") else load_config)(path)
+
+
+def test_the_reference_of_the_configuration_is_what_its_types_say():
+    """After a change of the types: python -m tools.document_config."""
+    assert document_config.PAGE.read_text() == document_config.page()
+
+
+def test_every_key_is_described():
+    from cloud_fallback.config import CloudConfig
+    from edge_runtime.config import Config
+
+    for top in (Config, CloudConfig):
+        for kind in (top, *filter(None, (document_config.section_of(f.type) for f in fields(top)))):
+            plain = {f.name for f in fields(kind) if document_config.section_of(f.type) is None}
+            assert plain <= set(document_config.descriptions(kind)), kind
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
