@@ -13,7 +13,7 @@ OWNERS = {
     "ai_edge_litert": "edge_runtime.engines.litert",
     "tflite_runtime": "edge_runtime.engines.litert",
     "zstandard": "edge_runtime.compression",
-    "httptools": "edge_runtime.server.shell",
+    "httptools": "edge_runtime.server.http11",
     "cryptography": "edge_runtime.bundles.signing",
     "rich": "edge_runtime.cli.tables",
     "sqlite3": "edge_runtime.caching.answer_store",

@@ -1,6 +1,6 @@
 """Statuses and bytes of answers: the error tree of the core in the words of HTTP."""
 
-from dataclasses import dataclass
+import msgspec
 
 from edge_runtime.core.errors import (
     CloudError,
@@ -37,8 +37,7 @@ _KINDS: tuple[tuple[type[EdgeRuntimeError], int], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
+class HttpAnswer(msgspec.Struct, frozen=True):
     """One answer before it is written. `json_length` is set where raw tensors follow the JSON."""
 
     status: int

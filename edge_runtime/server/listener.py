@@ -1,4 +1,4 @@
-"""Opens and closes the doors: a Unix socket with its mode, a loopback port, one sweep for slow peers."""
+"""Opens and closes the listeners: a Unix socket with its mode, a loopback port, one sweep for slow peers."""
 
 import asyncio
 import ipaddress
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.server.answers import HttpAnswer, error_answer
+from edge_runtime.server.browser_guard import browser_guard
 from edge_runtime.server.limits import HttpLimits
 from edge_runtime.server.routes import Application, HttpRequest, answer
-from edge_runtime.server.shell import Connection, Door
+from edge_runtime.server.shell import Connection, ListenerConfig
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -47,13 +48,17 @@ class Server:
             if not self._busy:
                 self._quiet.set()
 
-    def door(self, hosts: frozenset[str] | None, max_connections: int) -> Callable[[], Connection]:
+    def connection_factory(
+        self, hosts: frozenset[str] | None, max_connections: int
+    ) -> Callable[[], Connection]:
         """A factory of connections for one listener."""
         connections: set[Connection] = set()
         self._connections.append(connections)
         loop = asyncio.get_running_loop()
-        door = Door(self.handle, self._limits, hosts, connections, max_connections, loop.time)
-        return lambda: Connection(door)
+        config = ListenerConfig(
+            self.handle, self._limits, browser_guard(hosts), connections, max_connections, loop.time
+        )
+        return lambda: Connection(config)
 
     async def open_unix(self, path: Path) -> None:
         """Listen on `path`, mode 0660 whatever the umask. Raises ConfigError."""
@@ -74,7 +79,7 @@ class Server:
             raise ConfigError(
                 f"[server] socket: {path} cannot be used ({error.strerror or error}); set another path."
             ) from None
-        factory = self.door(None, self._limits.unix_connections)
+        factory = self.connection_factory(None, self._limits.unix_connections)
         loop = asyncio.get_running_loop()
         self._listeners.append(await loop.create_unix_server(factory, sock=listening))
         self._socket_path = path
@@ -92,7 +97,7 @@ class Server:
                 'authentication, which this release does not offer. Write tcp = "127.0.0.1:8080".'
             )
         names = _LOCAL_NAMES | {name.lower() for name in allowed_hosts}
-        factory = self.door(frozenset(names), self._limits.tcp_connections)
+        factory = self.connection_factory(frozenset(names), self._limits.tcp_connections)
         try:
             listener = await asyncio.get_running_loop().create_server(factory, host, port)
         except OSError as error:
@@ -104,7 +109,7 @@ class Server:
         self.addresses.append(f"http://{host}:{listener.sockets[0].getsockname()[1]}")
 
     async def close_ingress(self) -> None:
-        """Stop listening; further requests on open connections are told 503."""
+        """Stop listening; further requests on open connections are answered with 503."""
         self._is_closing = True
         for listener in self._listeners:
             listener.close()
@@ -150,7 +155,7 @@ async def start_server(
     allowed_hosts: tuple[str, ...] = (),
     limits: HttpLimits | None = None,
 ) -> Server:
-    """Listen where told. Raises ConfigError naming the key and the fix."""
+    """Listen on the socket and the address that are given. Raises ConfigError naming the key and the fix."""
     server = Server(application, limits or HttpLimits())
     try:
         if socket_path is not None:
@@ -164,7 +169,7 @@ async def start_server(
 
 
 def _clear_stale(path: Path) -> None:
-    """Remove a socket that is ours and that nobody listens on. Raises ConfigError otherwise."""
+    """Remove a socket that this user owns and nobody listens on. Raises ConfigError for anything else."""
     try:
         info = path.lstat()
     except OSError:

@@ -4,7 +4,6 @@ import re
 import time
 import zlib
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -34,7 +33,7 @@ class InferenceService(Protocol):
 
 
 class Application(Protocol):
-    """The service and what is told about it."""
+    """The service, and the reports on it."""
 
     @property
     def service(self) -> InferenceService: ...
@@ -42,8 +41,7 @@ class Application(Protocol):
     def status(self) -> dict[str, object]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class HttpRequest:
+class HttpRequest(msgspec.Struct, frozen=True):
     """One complete request; header names are lower case, values stripped."""
 
     method: str
@@ -56,7 +54,7 @@ async def answer(application: Application, request: HttpRequest, *, body_limit: 
     """Answer one request. Raises the errors of the core."""
     path = request.path.partition("?")[0]
     if path in ("/metrics", "/status"):
-        return _only("GET", request) or _told(application, path)
+        return _only("GET", request) or _report(application, path)
     parts = path.strip("/").split("/")
     if parts[0] != "v2":
         return error_answer(404, "No such path; the API begins at /v2.")
@@ -157,7 +155,7 @@ def _json(tree: object) -> HttpAnswer:
     return HttpAnswer(200, _encode(tree))
 
 
-def _told(application: Application, path: str) -> HttpAnswer:
+def _report(application: Application, path: str) -> HttpAnswer:
     if path == "/metrics":
         return HttpAnswer(200, application.metrics(), "text/plain; version=0.0.4; charset=utf-8")
     return _json(application.status())
