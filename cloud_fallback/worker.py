@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloud_fallback.config import CloudConfig, worker_id
-from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, TooLarge
+from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, TooLarge, refusal
 from edge_runtime.core.messages import Answer, InferReply, InferRequest
 from edge_runtime.core.protocol import oip
 from edge_runtime.core.protocol.mqtt_reasons import ReasonClass, classify, in_words
+from edge_runtime.core.protocol.parameters import priority_of
 from edge_runtime.core.protocol.replies import build_reply
 from edge_runtime.core.protocol.topics import (
     RequestTopic,
@@ -26,12 +27,11 @@ from edge_runtime.core.protocol.topics import (
     worker_filter,
     worker_state_topic,
 )
-from edge_runtime.core.scheduling.scheduler import priority_of
 from edge_runtime.loading.model import Model
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
 from edge_runtime.mqtt.envelope import Message, pack, reads_zstd, unpack
 from edge_runtime.processing import Question
-from edge_runtime.serving.model_runner import ModelRunner, Served, refusal
+from edge_runtime.serving.model_runner import ModelRunner, Served
 
 _log = logging.getLogger(__name__)
 _SESSION_EXPIRY_S = 60  # a worker that restarts within it gets what was handed to it and not acknowledged

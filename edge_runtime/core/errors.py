@@ -11,24 +11,24 @@
     ├── BundleError           a model bundle is corrupt, foreign or unfit      exit 1
     └── ConfigError           a configuration cannot be used: file, key, fix   exit 2
 
-The numbers are the HTTP status the server answers with; it is the only place that knows them.
-Messages are one sentence: what, where, how to mend it. They never carry request text, paths of the
-device or addresses, since callers see them.
+The numbers at the right are the HTTP status (or exit code) that answers the error; the server and the command line map
+them. A message is one sentence: what is wrong, where, and how to fix it. Those of errors with an HTTP
+status never contain text of a request, paths of the device or addresses, because callers see them.
 """
 
 from enum import StrEnum
 
 
 class EdgeRuntimeError(Exception):
-    """Root of all errors raised on purpose."""
+    """Root of all errors that this project raises on purpose."""
 
 
 class InvalidRequest(EdgeRuntimeError):  # noqa: N818 - reads as the fact it states
-    """The request cannot be understood; repeating it unchanged cannot help."""
+    """The request cannot be understood. To repeat it unchanged cannot help."""
 
 
 class TooLarge(InvalidRequest):
-    """A length or count in the request passes its limit; the message names the limit."""
+    """A length or count in the request exceeds a limit, which the message names."""
 
 
 class UnknownModel(InvalidRequest):
@@ -36,11 +36,11 @@ class UnknownModel(InvalidRequest):
 
 
 class Unsupported(InvalidRequest):
-    """The protocol knows this, and this runtime does not offer it."""
+    """The protocol has this feature, but this runtime does not offer it."""
 
 
 class RefusalKind(StrEnum):
-    """Why a valid request is not served now."""
+    """Why a valid request is not served now; the word that callers, logs and metrics see."""
 
     FULL = "full"
     LATE = "late"
@@ -50,7 +50,7 @@ class RefusalKind(StrEnum):
 
 
 class Refused(EdgeRuntimeError):  # noqa: N818
-    """A valid request that is not served now. `retry_after_s` is None where waiting cannot help."""
+    """A valid request is not served now. `retry_after_s`: when to try again; None where a wait cannot help."""
 
     def __init__(self, kind: RefusalKind, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -58,8 +58,25 @@ class Refused(EdgeRuntimeError):  # noqa: N818
         self.retry_after_s = retry_after_s
 
 
+_REFUSALS = {
+    RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
+    RefusalKind.LATE: "The deadline leaves no time for the model; allow more time or retry later.",
+    RefusalKind.QUOTA: "The quota is used up; retry later.",
+    RefusalKind.CANCELLED: "The request was cancelled.",
+    RefusalKind.DRAINING: "The runtime is shutting down; send the request elsewhere.",
+}
+#: When to retry where the scheduler cannot predict it because nothing was measured yet.
+_RETRY_S = {RefusalKind.FULL: 1.0, RefusalKind.QUOTA: 1.0}
+
+
+def refusal(kind: RefusalKind, retry_after_ns: int | None = None) -> Refused:
+    """The error that a caller sees for a refusal of the scheduler."""
+    retry_after_s = _RETRY_S.get(kind) if retry_after_ns is None else retry_after_ns / 1e9
+    return Refused(kind, _REFUSALS[kind], retry_after_s)
+
+
 class EngineFailed(EdgeRuntimeError):  # noqa: N818
-    """The model runner raised, hung, or returned the wrong number of rows; only its own batch fails."""
+    """The model raised, hung, or returned the wrong number of rows. Only the batch concerned fails."""
 
 
 class CloudError(EdgeRuntimeError):
@@ -71,4 +88,4 @@ class BundleError(EdgeRuntimeError):
 
 
 class ConfigError(EdgeRuntimeError):
-    """A configuration cannot be used. The message names file, key and how to mend it."""
+    """A configuration cannot be used. The message names the file, the key and the fix."""

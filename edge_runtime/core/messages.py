@@ -1,4 +1,4 @@
-"""Frozen values that travel between the parts: tensors, requests, answers, replies. No behaviour beyond reading."""
+"""The values that modules exchange: tensors, requests, answers, replies, model descriptions, statistics."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 Scalar = str | int | float | bool
 Array = NDArray[Any]
-#: What one row of a batch is to an engine: one array per model input or output, without the batch axis.
+#: One row of a batch as an engine sees it: one array per model input or output, without the batch axis.
 Row = tuple[Array, ...]
 #: The shapes of a row's arrays, without the batch axis: rows of equal shapes may share a batch.
 Shapes = tuple[tuple[int, ...], ...]
-#: What batches cost: (rows, median nanoseconds), by rising rows.
+#: The batch latency profile of a model: (rows, median nanoseconds), in rising order of rows.
 LatencyProfile = tuple[tuple[int, int], ...]
 
-#: Datatype words of the Open Inference Protocol and what they are in memory: little-endian, as on the wire.
-#: BYTES has no array type, and BF16 none in numpy.
+#: Datatypes of the Open Inference Protocol and their numpy types: little-endian, as on the wire.
+#: BYTES has no array type, and BF16 has none in numpy.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype("<u1"),
@@ -35,7 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class Origin(StrEnum):
-    """Where an answer was computed (or kept)."""
+    """Where an answer comes from."""
 
     LOCAL = "local"
     CACHE = "cache"
@@ -43,7 +43,7 @@ class Origin(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why an answer comes from where it comes; the closed list that logs, metrics, tests and users share."""
+    """Why an answer has its origin: the closed list of words that logs, metrics, tests and users see."""
 
     CONFIDENT = "confident"  # the edge is sure enough
     UNSURE = "unsure"  # the edge was not sure, so the cloud answered
@@ -57,10 +57,10 @@ class Reason(StrEnum):
     CLOUD_LATE = "cloud_late"  # unsure, asked, and no answer came in time
     CLOUD_REFUSED = "cloud_refused"  # unsure, asked, and the cloud had no room
     CLOUD_FAILED = "cloud_failed"  # unsure, asked, and the cloud answered with an error
-    STALE = "stale"  # unsure, the cloud out of reach, and an earlier answer of it kept past its time
+    STALE = "stale"  # unsure and the cloud not reachable: an expired answer of the cloud from the cache
 
 
-#: Reasons with which an unsure local answer, or an old one, is given although the cloud should have been asked.
+#: Reasons for an answer that is unsure or expired, given because the cloud could not be asked or did not answer.
 DEGRADED_REASONS = frozenset(
     {
         Reason.TOO_LATE,
@@ -79,7 +79,7 @@ DEGRADED_REASONS = frozenset(
 class TensorSpec:
     """A named input or output of a model as clients see it.
 
-    `datatype` is an Open Inference Protocol word ("BYTES", "FP32", "INT64", ...); `shape` includes the
+    `datatype` is a word of the Open Inference Protocol ("BYTES", "FP32", "INT64", ...); `shape` includes the
     leading batch axis as -1.
     """
 
@@ -90,7 +90,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a task promises: equal on both tiers. `on_request` are outputs a caller gets only by naming them."""
+    """Inputs and outputs of a task, equal on both tiers. A caller gets outputs `on_request` only by naming them."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -112,7 +112,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """An output the caller asks for, and whether it wants raw bytes instead of JSON."""
+    """An output that the caller asks for; `binary`: as raw bytes instead of JSON."""
 
     name: str
     binary: bool = False
@@ -120,9 +120,9 @@ class OutputRequest:
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """One decoded request. `outputs` empty means all; `binary_default` holds for outputs not named.
+    """One decoded request. Empty `outputs` mean all; `binary_default` applies if `outputs` is empty.
 
-    `id` is the caller's own label and comes back unchanged; it is never part of a cache key.
+    `id` is the caller's own label. It is returned unchanged and never part of a cache key.
     """
 
     inputs: tuple[Tensor, ...]
@@ -134,7 +134,7 @@ class InferRequest:
 
 @dataclass(frozen=True, slots=True)
 class InferReply:
-    """One reply, ready to be encoded. `binary_outputs` names the outputs to be sent as raw bytes."""
+    """One reply before encoding. `binary_outputs` are the names of the outputs that are sent as raw bytes."""
 
     model_name: str
     model_version: str
@@ -146,12 +146,12 @@ class InferReply:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model says about one row: one value per output of the signature, in its order.
+    """The answer of a model to one row: one value per output of the signature, in the signature's order.
 
-    A value is `bytes` for BYTES outputs, else an array (or numpy scalar) of one row.
-    `confidence` is the calibrated probability that this answer is right, or None where the task has none.
-    `extras` are the values of the signature's outputs on request, in their order. `raw_score` is what the
-    confidence was calibrated from: a calibration that moves can be applied again without running the model.
+    A value is `bytes` for a BYTES output, else an array (or numpy scalar) without the batch axis.
+    `confidence` is the calibrated probability that this answer is right; None where the task has none.
+    `extras` are the values of the signature's outputs on request, in its order. `raw_score` is the
+    score before calibration: a new calibration can be applied to it without running the model again.
     """
 
     values: tuple[bytes | Array | np.generic, ...]
@@ -162,25 +162,27 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What clients may know of a loaded model."""
+    """The description of a loaded model that clients may see."""
 
     name: str
     version: str
-    platform: str  # engine in the words of the protocol: "onnxruntime_onnx", ...
+    platform: str  # engine and format, as the protocol names them: "onnxruntime_onnx", ...
     signature: Signature
     max_batch: int
     is_batch_invariant: bool
     digest: str  # hex sha256 of the bundle's manifest
     accept_threshold: float | None  # confidence from which the edge's answer is kept; None: never escalates
-    batch_note: str = ""  # why it runs single rows although its bundle allows more
+    batch_note: str = ""  # why batches have one row although the bundle allows more
     load_ns: int = 0
-    memory_bytes: int | None = None  # at most, beside the runner's own; None where it was not measured
+    memory_bytes: int | None = (
+        None  # measured upper bound, without the runtime library's own; None where not measured
+    )
     latency_profile: LatencyProfile = ()
 
 
 @dataclass(slots=True)
 class Duration:
-    """How often something happened and the time it took in all, in nanoseconds."""
+    """A count of events and their total time in nanoseconds."""
 
     count: int = 0
     ns: int = 0
@@ -192,7 +194,7 @@ class Duration:
 
 @dataclass(slots=True)
 class ModelStatistics:
-    """Running totals of one model, in the words of the protocol's statistics extension."""
+    """Running totals of one model, named as in the protocol's statistics extension."""
 
     requests: Duration = field(default_factory=Duration)  # rows answered, end to end
     failures: Duration = field(default_factory=Duration)
@@ -206,7 +208,7 @@ class ModelStatistics:
     faults: dict[str, int] = field(
         default_factory=dict
     )  # batches that failed, by "raised", "hung", "miscounted"
-    replaced: int = 0  # engines that hung and were loaded anew
+    replaced: int = 0  # engines that hung and were replaced by a newly loaded one
     refused: dict[str, int] = field(default_factory=dict)  # rows by the kind of refusal
     last_inference_ms: int = 0  # unix time
     batch_sizes: dict[int, int] = field(default_factory=dict)  # rows in a batch -> how often

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
+from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused, refusal
 from edge_runtime.core.messages import Answer, LatencyProfile, ModelStatistics, Row, Shapes
 from edge_runtime.core.scheduling.scheduler import NORMAL, Dispatch, QueueLimits, Refuse, Scheduler
 from edge_runtime.core.scheduling.windows import Policy
@@ -44,16 +44,6 @@ _TICK_NS = 1_000_000
 _SUBMIT_NS = 2_000_000
 #: Answers of a stream that may wait for its reader; at the mark the member stops until half of them are read.
 STREAM_HIGH_WATER = 16
-
-_REFUSALS = {
-    RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
-    RefusalKind.LATE: "The deadline leaves no time for the model; allow more time or retry later.",
-    RefusalKind.QUOTA: "The quota is used up; retry later.",
-    RefusalKind.CANCELLED: "The request was cancelled.",
-    RefusalKind.DRAINING: "The runtime is shutting down; send the request elsewhere.",
-}
-#: When to come back where the scheduler cannot tell, since nothing was measured yet.
-_RETRY_S = {RefusalKind.FULL: 1.0, RefusalKind.QUOTA: 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +120,6 @@ class _Stream:
         if self._answers.qsize() == STREAM_HIGH_WATER // 2:
             self._resume()
         return answer
-
-
-def refusal(kind: RefusalKind, retry_after_ns: int | None = None) -> Refused:
-    """The error a caller sees for a refusal of the scheduler."""
-    if retry_after_ns is None:
-        return Refused(kind, _REFUSALS[kind], _RETRY_S.get(kind))
-    return Refused(kind, _REFUSALS[kind], retry_after_ns / 1e9)
 
 
 class ModelRunner:

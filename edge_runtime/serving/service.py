@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from edge_runtime.caching.two_level import Recall, Store
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.caching.keys import ROUTING_PARAMETERS, KeyPrefix
-from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel
-from edge_runtime.core.escalation.decision import CloudUnavailable, decide, may_hand_over
+from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel, refusal
+from edge_runtime.core.escalation.decision import CloudUnavailable, decide, may_spill
 from edge_runtime.core.messages import (
     Answer,
     InferReply,
@@ -27,10 +27,10 @@ from edge_runtime.core.messages import (
     Tensor,
 )
 from edge_runtime.core.outcome import Outcome
+from edge_runtime.core.protocol.parameters import priority_of
 from edge_runtime.core.protocol.replies import build_reply, requested_outputs
-from edge_runtime.core.scheduling.scheduler import priority_of
 from edge_runtime.processing import Processor, Question
-from edge_runtime.serving.model_runner import ModelRunner, refusal
+from edge_runtime.serving.model_runner import ModelRunner
 from edge_runtime.uplink.cloud_answer import Cloud, cloud_answer
 
 
@@ -322,7 +322,7 @@ class Service:
                 row, deadline_ns=travel.deadline_ns, tenant=travel.tenant, priority=travel.priority
             )
         except Refused as refused:
-            return await self._hand_over(served, row, travel, refused)
+            return await self._spill(served, row, travel, refused)
         decision = decide(
             confidence=edge.answer.confidence,
             accept_threshold=served.info.accept_threshold,
@@ -376,13 +376,11 @@ class Service:
             cloud_version=version,
         )
 
-    async def _hand_over(
-        self, served: ServedModel, row: Question, travel: _Travel, refused: Refused
-    ) -> Outcome:
+    async def _spill(self, served: ServedModel, row: Question, travel: _Travel, refused: Refused) -> Outcome:
         """The cloud's outcome for a row the edge has no time or room for. Raises `refused` where there is none."""
         now_ns = time.monotonic_ns()
         cloud = self._cloud
-        if cloud is None or not may_hand_over(
+        if cloud is None or not may_spill(
             refused.kind,
             accept_threshold=served.info.accept_threshold,
             link=cloud.link_state(),

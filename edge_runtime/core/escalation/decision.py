@@ -1,4 +1,4 @@
-"""Keep the edge's answer or ask the cloud: one pure decision with the reason everybody reads."""
+"""Whether to keep the edge's answer or ask the cloud: a pure function that returns the decision and its reason."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,15 +8,15 @@ from edge_runtime.core.messages import Reason
 
 
 class Peer(Enum):
-    """What an outcome says about the cloud; the breaker counts nothing else."""
+    """What the outcome of a request says about the cloud. Only this reaches the breaker."""
 
-    FAULTY = "faulty"  # silence or nonsense
-    ALIVE = "alive"  # it answered sensibly, if only with a refusal
-    UNKNOWN = "unknown"  # the link or we ourselves stood in the way
+    FAULTY = "faulty"  # no reply, or an unusable one
+    ALIVE = "alive"  # a well-formed reply, which may be a refusal
+    UNKNOWN = "unknown"  # the request failed on the link or on this device
 
 
 class CloudUnavailable(CloudError):  # noqa: N818 - the fact it states
-    """The cloud gave no usable answer; `reason` is the word the caller sees."""
+    """The cloud gave no usable answer. The caller sees `reason`."""
 
     def __init__(self, reason: Reason, message: str, peer: Peer = Peer.UNKNOWN) -> None:
         super().__init__(message)
@@ -26,16 +26,16 @@ class CloudUnavailable(CloudError):  # noqa: N818 - the fact it states
 
 @dataclass(frozen=True, slots=True)
 class LinkState:
-    """What is known of the way to the cloud at the moment of deciding."""
+    """The state of the link to the cloud at the time of the decision."""
 
     is_connected: bool
     is_breaker_open: bool
-    reply_p95_ns: int  # how long an answer takes, pessimistically; 0 while nothing is known
+    reply_p95_ns: int  # pessimistic estimate of the time to a reply; 0 while nothing is known
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether to ask the cloud, and why (not)."""
+    """Whether to ask the cloud, and the reason for either choice."""
 
     escalate: bool
     reason: Reason
@@ -49,13 +49,13 @@ def decide(
     is_private: bool,
     remaining_ns: int | None,
 ) -> Decision:
-    """Decide for one answered row; the first rule that applies gives the reason.
+    """Decide for one row that the edge has answered. The first rule that applies gives the reason.
 
     Args:
         confidence: calibrated probability that the edge's answer is right; None where the task has none.
-        accept_threshold: keep at or above this; None where the model never escalates.
-        link: state of the uplink; None where no cloud is configured.
-        is_private: the caller forbids leaving the device.
+        accept_threshold: the answer is kept from this confidence on; None where the model never escalates.
+        link: the state of the link; None where no cloud is configured.
+        is_private: the request must not leave the device.
         remaining_ns: time to the deadline; None without one.
     """
     if confidence is None or accept_threshold is None:
@@ -75,7 +75,7 @@ def decide(
     return Decision(True, Reason.UNSURE)
 
 
-def may_hand_over(
+def may_spill(
     kind: RefusalKind,
     *,
     accept_threshold: float | None,
@@ -83,9 +83,10 @@ def may_hand_over(
     is_private: bool,
     remaining_ns: int,
 ) -> bool:
-    """Whether the cloud may answer what the edge refused: for want of time or room, and where it can in time.
+    """Whether a request that the edge refused may spill to the cloud. Arguments as in `decide`.
 
-    A quota is not got round by the cloud, and a runtime that shuts down starts nothing. Arguments as in `decide`.
+    Only a lack of time or room spills, and only where the cloud can answer in time. A quota must not be circumvented by
+    way of the cloud, and a runtime that shuts down starts nothing.
     """
     return (
         kind in {RefusalKind.FULL, RefusalKind.LATE}

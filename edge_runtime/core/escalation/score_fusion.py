@@ -1,7 +1,7 @@
-"""One answer from two: the evidence of edge and cloud joined by a weighted sum of log-probabilities.
+"""Score fusion: one answer from the log-probabilities of edge and cloud, as their weighted sum.
 
-Log-linear pooling (Genest and Zidek 1986, "Combining probability distributions"): two models that err
-differently are together right more often than either. The weights are fitted with the bundle's calibration.
+This is log-linear pooling (Genest and Zidek 1986, "Combining probability distributions"). Two models that make different
+errors are right more often together than either alone. The weights are fitted by `python -m tools.fuse`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """Weights of both tiers' log-probabilities, and the knots (rising scores, chances) of the joined score."""
+    """The weights of both tiers, and the knots of the map from fused score (rising) to the chance of being right."""
 
     edge_weight: float
     cloud_weight: float
@@ -23,7 +23,7 @@ class Pooling:
 def pool(
     edge: NDArray[np.float32], cloud: NDArray[np.float32], edge_weight: float, cloud_weight: float
 ) -> NDArray[np.float32]:
-    """Log-probabilities `[..., labels] FP32` of the joined answer from those of both tiers."""
+    """The fused log-probabilities `[..., labels] FP32` of those of edge and cloud, which have the same shape."""
     summed = np.float32(edge_weight) * edge + np.float32(cloud_weight) * cloud
     summed -= summed.max(-1, keepdims=True)
     return np.asarray(summed - np.log(np.exp(summed).sum(-1, keepdims=True)), np.float32)
@@ -32,7 +32,7 @@ def pool(
 def join(
     edge: NDArray[np.float32], cloud: NDArray[np.float32], pooling: Pooling
 ) -> tuple[NDArray[np.float32], int, float]:
-    """Pooled log-probabilities `[labels]`, the index of the best label and the probability that it is right."""
+    """The fused log-probabilities `[labels] FP32`, the index of the best label, and its calibrated confidence."""
     pooled = pool(edge, cloud, pooling.edge_weight, pooling.cloud_weight)
     best = int(pooled.argmax())
     return pooled, best, float(np.interp(float(np.exp(pooled[best])), pooling.scores, pooling.chances))

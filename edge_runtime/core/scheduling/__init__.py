@@ -1,1 +1,1 @@
-"""Who runs together, when, on which engine, and who is refused."""
+"""Which requests run together, when, on which engine, and which are refused."""

@@ -1,34 +1,34 @@
-"""What a batch costs: learned per batch size and lane, with one speed factor per engine for all of them.
+"""The duration of a batch, learned per lane and batch size, and one speed factor per engine.
 
-The factor separates what a batch costs from how fast the engine runs just now: a throttled processor or a busy
-neighbour slows every size alike, so one observation of any size corrects the prediction of all. Times are
-nanoseconds; a prediction is a float. No clock: durations are arguments.
+The factor separates the cost of a batch from the present speed of the engine. A throttled processor or a busy neighbour
+slows every size alike, so one observation of any size corrects the prediction of all. Times are nanoseconds,
+predictions are floats. No clock: durations are arguments.
 """
 
 from collections.abc import Sequence
 
 from edge_runtime.core.messages import LatencyProfile
 
-#: Observations that a figure of the warm-up sweep counts for; after that the first real ones weigh 1/3, 1/4, ...
+#: A figure of the warm-up sweep counts as this many observations, so the first real ones weigh 1/3, 1/4, ...
 _PRIOR_WEIGHT = 2
-#: From so many observations on a size may say how fast the engine is; before, it learns what it costs itself.
+#: A size corrects the speed factor only after this many observations; before, it learns its own mean.
 _TRUSTED_AFTER = 8
-#: Least weight of one observation in a size's mean: slow, since the speed factor follows what is quick.
+#: Smallest weight of one observation in the mean of its size: slow, because the speed factor follows fast changes.
 _MEAN_WEIGHT = 0.02
 #: Weight of one batch in the speed factor: after 20 batches 1 % of the old speed is left (0.8 ** 20).
 _SPEED_WEIGHT = 0.2
-#: One batch may claim the engine to be at most so many times slower or faster than believed; real hiccups of
-#: a hundredfold (a page fault, a descheduled core) would otherwise stop all admission for many batches.
+#: One batch can claim at most this change of speed. A batch that takes a hundred times as long (a page fault, a
+#: descheduled core) would otherwise stop all admission for many batches.
 _SPEED_STEP = 2.0
-#: The table changes by this share before what was derived from it is derived again.
+#: The splits and the learned window are recomputed after a mean has changed by this share.
 _DRIFT = 0.1
 
 
 class BatchCosts:
-    """Mean and 99th percentile of one lane's batches at speed 1, by the prepared sizes.
+    """Mean and 99th percentile of one lane's batches at speed 1, per prepared size.
 
-    A batch of `rows` costs what the next larger prepared size costs, where engines pad up to it. Sizes never
-    seen are an affine function of those that were (t(b) = fixed + marginal * b, least squares).
+    Where engines pad, a batch of `rows` costs what the next larger prepared size costs. Sizes without an observation
+    are predicted by an affine fit to the others (t(b) = fixed + marginal * b, least squares).
     """
 
     __slots__ = ("_index", "_noted", "deviations", "means", "p99s", "seen", "sizes", "version")
@@ -53,7 +53,7 @@ class BatchCosts:
 
     @property
     def is_known(self) -> bool:
-        """Whether anything was ever measured; before, all costs are 0."""
+        """Whether any size was measured; if not, all costs are 0."""
         return any(self.seen)
 
     def mean(self, rows: int) -> float:
@@ -61,17 +61,17 @@ class BatchCosts:
         return self.means[self._index[rows]]
 
     def p99(self, rows: int) -> float:
-        """A duration that one batch of a hundred exceeds, at speed 1."""
+        """The duration that one batch in a hundred exceeds, at speed 1."""
         return self.p99s[self._index[rows]]
 
     def fixed_and_marginal(self) -> tuple[float, float]:
-        """The affine reading (a, c) of the table, t(b) = a + c*b, both at least 0."""
+        """The affine fit (a, c) to the table: t(b) = a + c*b, both at least 0."""
         return _affine(self.sizes, self.means)
 
     def observe(self, rows: int, duration: float) -> float | None:
-        """Learn from one batch (nanoseconds at speed 1); return what it took against what was expected.
+        """Learn from one batch of `duration` nanoseconds at speed 1; return its duration over the predicted mean.
 
-        None while its size is too new to judge the engine by.
+        None while the size has too few observations to correct the speed factor.
         """
         at = self._index[rows]
         seen, mean = self.seen[at], self.means[at]
@@ -82,14 +82,14 @@ class BatchCosts:
             self._guess_unseen()
         else:
             weight = max(1 / (seen + 1), _MEAN_WEIGHT)
-            # Clipped as Huber does: one hiccup must not stand for the next hundred batches. What the sweep said, of
-            # another shape or on a busy machine, may be wrong by more.
+            # The error is clipped (Huber): one outlier must not distort the next hundred batches. The first figures,
+            # from a sweep with another shape or on a busy machine, may be wrong by more.
             spread = 4 * self.deviations[at] + mean / 8 if seen >= _TRUSTED_AFTER else 3 * mean
             error = duration - mean
             if abs(error) > spread:
                 error = spread if error > 0 else -spread
             self.means[at] = mean + weight * error
-            # The quantile goes with the mean: by its own steps alone it would take a thousand batches to come down.
+            # The quantile is scaled with the mean: by its own steps it would need a thousand batches to come down.
             self.p99s[at] *= self.means[at] / mean
             self.deviations[at] += weight * (abs(error) - self.deviations[at])
             self._raise_or_lower(at, duration)
@@ -99,7 +99,7 @@ class BatchCosts:
         return ratio
 
     def _raise_or_lower(self, at: int, duration: float) -> None:
-        """Track the quantile by steps whose balance point is 1 % above (Robbins and Monro 1951)."""
+        """Move the 99th percentile by steps that balance where 1 % of batches take longer (Robbins and Monro 1951)."""
         step = self.deviations[at] + self.means[at] / 64
         p99 = self.p99s[at] + (0.99 * step if duration > self.p99s[at] else -0.01 * step)
         self.p99s[at] = max(p99, self.means[at])
@@ -111,7 +111,7 @@ class BatchCosts:
         fixed, marginal = _affine([self.sizes[i] for i in known], [self.means[i] for i in known])
         for i, count in enumerate(self.seen):
             if not count:
-                # Never below a smaller size that was measured: batches do not get cheaper by growing.
+                # Never below a smaller size that was measured: a larger batch is not cheaper.
                 floor = max((self.means[k] for k in known if k < i), default=0.0)
                 self.means[i] = max(fixed + marginal * self.sizes[i], floor)
                 self.deviations[i] = self.means[i] / 4
@@ -119,7 +119,7 @@ class BatchCosts:
 
 
 class Speed:
-    """How much longer than usual batches take on one engine just now; 1 is as usual."""
+    """How many times as long as learned batches take on one engine at present; 1.0 is as learned."""
 
     __slots__ = ("factor",)
 
@@ -127,13 +127,13 @@ class Speed:
         self.factor = 1.0
 
     def observe(self, ratio: float) -> None:
-        """Take in what a batch took, against what it was expected to at speed 1."""
+        """Move the factor towards `ratio`: the duration of a batch over its predicted mean at speed 1."""
         ratio = min(max(ratio, self.factor / _SPEED_STEP), self.factor * _SPEED_STEP)
         self.factor += _SPEED_WEIGHT * (ratio - self.factor)
 
 
 def prepared_sizes(max_batch: int) -> tuple[int, ...]:
-    """The sizes that engines prepare: powers of two and the most."""
+    """The batch sizes that engines prepare: the powers of two below `max_batch`, and `max_batch`."""
     sizes = [1]
     while sizes[-1] * 2 < max_batch:
         sizes.append(sizes[-1] * 2)
@@ -145,7 +145,7 @@ def _below(sizes: Sequence[int], i: int) -> int:
 
 
 def _affine(sizes: Sequence[int], means: Sequence[float]) -> tuple[float, float]:
-    """Least squares of means over sizes, each size weighing alike; of one point half is taken as fixed."""
+    """Least squares of means over sizes, with equal weights; of a single point, half is taken as fixed."""
     if len(sizes) == 1:
         return means[0] / 2, means[0] / 2 / sizes[0]
     size, mean = sum(sizes) / len(sizes), sum(means) / len(means)

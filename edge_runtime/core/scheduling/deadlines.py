@@ -1,4 +1,4 @@
-"""A batch and its members' deadlines: who is too late, who must wait for the next one."""
+"""The deadlines of a batch's members: which are refused, and which wait for the next batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,10 @@ from edge_runtime.core.scheduling.queueing import Entry
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """One batch that is to start at `now_ns` on an engine of `speed`; `is_stale`: predictions refuse nobody."""
+    """A batch that starts at `now_ns` on an engine with speed factor `speed`.
+
+    `is_stale`: the predictions are too old to refuse a request that would run alone.
+    """
 
     now_ns: int
     lane: Lane
@@ -19,29 +22,29 @@ class Fit:
     def apply(
         self, members: list[Entry], newcomers: Sequence[Entry], *, may_shrink: bool
     ) -> tuple[list[Entry], list[Entry]]:
-        """Take out of `members` until all that stay end in time; return (who is late, who waits on, latest first).
+        """Shrink the batch until every remaining member meets its deadline; return (refused, postponed).
 
-        With `may_shrink` the newcomers with most time wait on, never who stays in a step lane. Without, and where that
-        is not enough, those are late who would make the batch smaller: smaller batches serve fewer rows per
-        second, which only a queue without overload can afford (early drop: Nexus, SOSP 2019).
+        `members` is changed in place. If `may_shrink`, newcomers are postponed first, latest deadline first; never a
+        member in mid-sequence. Otherwise, and where that is not enough, the tightest deadlines are refused, because
+        smaller batches cost throughput, which an overloaded queue cannot afford (early drop: Nexus, SOSP 2019).
         """
         late: list[Entry] = []
-        back: list[Entry] = []
-        hasty = sorted([entry for entry in members if entry.has_deadline], key=_key_of)
-        # Late even alone: this engine may be slower than the best one, by which the queue was judged.
-        while hasty and not self.is_stale and self._ends_late(1, hasty[0]):
-            late.append(hasty.pop(0))
+        postponed: list[Entry] = []
+        tight = sorted([entry for entry in members if entry.has_deadline], key=_key_of)
+        # Late even in a batch of one: admission judged by the fastest engine, and this one may be slower.
+        while tight and not self.is_stale and self._ends_late(1, tight[0]):
+            late.append(tight.pop(0))
             members.remove(late[-1])
         if may_shrink:
             spare = sorted([entry for entry in newcomers if entry in members], key=_key_of)
-            while spare and len(members) > 1 and hasty and self._ends_late(len(members), hasty[0]):
-                back.append(spare.pop())
-                members.remove(back[-1])
-                hasty = [entry for entry in hasty if entry is not back[-1]]
-        while len(members) > 1 and hasty and self._ends_late(len(members), hasty[0]):
-            late.append(hasty.pop(0))
+            while spare and len(members) > 1 and tight and self._ends_late(len(members), tight[0]):
+                postponed.append(spare.pop())
+                members.remove(postponed[-1])
+                tight = [entry for entry in tight if entry is not postponed[-1]]
+        while len(members) > 1 and tight and self._ends_late(len(members), tight[0]):
+            late.append(tight.pop(0))
             members.remove(late[-1])
-        return late, back
+        return late, postponed
 
     def _ends_late(self, rows: int, entry: Entry) -> bool:
         return self.now_ns + self.lane.costs.mean(rows) * self.speed > entry.key_ns

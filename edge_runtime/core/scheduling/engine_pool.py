@@ -1,4 +1,4 @@
-"""The engines of one scheduler: who has room, who is free when, and how fast each runs just now."""
+"""The engines of one scheduler: which have room, when the next has room, and how fast each runs at present."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,14 @@ class _Engine:
 
 
 class EnginePool:
-    """Interchangeable engines, each with room for `depth` batches: one runs, the others are at hand.
+    """Interchangeable engines, each with room for `depth` batches: one runs, the others wait in its own queue.
 
-    `free` counts the room of those that are up. `busy_until_ns` is when room is predicted, 0 while there is some;
-    `speed` the best factor; `up` how many are up, and 1 where none is: what waits then waits for the first to come
-    back. All four are kept at hand since every admission reads them.
+    - `free`: for how many batches the engines in service have room.
+    - `busy_until_ns`: when an engine is predicted to have room; 0 while one has.
+    - `speed`: the best (smallest) speed factor of the engines in service.
+    - `up`: engines in service, at least 1 (predictions divide by it).
+
+    All four are cached, because every admission reads them.
     """
 
     __slots__ = ("_engines", "busy_until_ns", "free", "speed", "up")
@@ -31,15 +34,15 @@ class EnginePool:
         self._refresh()
 
     def speed_of(self, engine: int) -> float:
-        """How much longer than usual batches take on one engine just now."""
+        """How many times as long as learned a batch takes on one engine at present; 1.0 is as learned."""
         return self._engines[engine].speed.factor
 
     def free_from(self, now_ns: int) -> float:
-        """When there is room, as far as can be told."""
+        """When an engine is predicted to have room; `now_ns` if one has, or if nothing can be predicted."""
         return self.busy_until_ns if self.busy_until_ns > now_ns else now_ns
 
     def choose(self) -> int:
-        """An engine with room: the least busy, of those the fastest."""
+        """The index of an engine with room: the one with the fewest batches, of equal ones the fastest."""
         engines = self._engines
         if len(engines) == 1:
             return 0
@@ -47,14 +50,14 @@ class EnginePool:
         return min(room, key=lambda i: (engines[i].running, engines[i].speed.factor))
 
     def start(self, engine: int, now_ns: int, predicted_ns: float) -> None:
-        """Note a batch that goes to an engine with room."""
+        """Record that a batch goes to an engine, which must have room."""
         chosen = self._engines[engine]
         chosen.running += 1
         chosen.free_at_ns = max(chosen.free_at_ns, now_ns) + predicted_ns
         self._refresh()
 
     def end(self, engine: int, ratio: float | None = None) -> None:
-        """Note that one of its batches ended; `ratio` is what it took against what was expected at speed 1."""
+        """Record that a batch of an engine ended. `ratio`: its duration over the one predicted with the speed factor."""
         chosen = self._engines[engine]
         chosen.running -= 1
         if ratio is not None:
@@ -64,7 +67,7 @@ class EnginePool:
         self._refresh()
 
     def set_up(self, engine: int, *, is_up: bool) -> None:
-        """Take an engine out of service, or back in with a speed to be learned afresh."""
+        """Take an engine out of service, or back into service with the speed factor 1."""
         chosen = self._engines[engine]
         if is_up and not chosen.is_up:
             chosen.speed = Speed()
@@ -73,7 +76,7 @@ class EnginePool:
 
     def _refresh(self) -> None:
         engines = self._engines
-        if len(engines) == 1:  # nearly every edge device; this is on the way of every batch
+        if len(engines) == 1:  # nearly every edge device; runs twice for every batch
             (one,) = engines
             self.up = 1
             self.free = one.depth - one.running if one.is_up else 0

@@ -1,4 +1,4 @@
-"""A lane: what may share a batch, with all that was learned about its batches."""
+"""A lane: the requests that may share a batch, and everything that was learned about their batches."""
 
 from collections.abc import Hashable
 
@@ -9,10 +9,10 @@ from edge_runtime.core.scheduling.splitting import Split
 
 
 class Lane:
-    """State of one lane: costs, how they split, its window, how many rows wait, batches run, and who must be next.
+    """State of one lane: costs, best split, learned window, waiting rows, running batches, members between two steps.
 
-    `since_ns` is when it last began to wait, `held_until_ns` when the window ends that began then;
-    `is_filling`: its last batch was a full one.
+    `since_ns` is when rows of the lane last began to wait, `held_until_ns` the end of the window that began then.
+    `is_filling`: the lane's last batch was a full one.
     """
 
     __slots__ = (
@@ -44,15 +44,17 @@ class Lane:
         self.linger = Linger(least_window_ns)
         self.waiting = 0
         self.running = 0
-        self.confirmed_ns = 0  # when its costs were last checked by a batch
+        self.confirmed_ns = 0  # when a batch last confirmed or corrected the costs
         self.is_filling = False
         self.since_ns = 0
         self.held_until_ns = 0
-        self.staying: dict[int, None] = {}  # ids of those between two steps, longest first; they wait, too
+        self.staying: dict[
+            int, None
+        ] = {}  # ids of members between two steps, longest first; they are counted in `waiting`
         self.refresh()
 
     def refresh(self) -> None:
-        """Derive again what follows from the costs."""
+        """Recompute what is derived from the costs: the best splits and the learned window."""
         self.version = self.costs.version
         self.split = Split(self.costs.sizes, self.costs.means)
         self.linger.set_costs(*self.costs.fixed_and_marginal())

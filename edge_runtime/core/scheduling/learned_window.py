@@ -1,32 +1,33 @@
-"""The learned window: how long an idle engine should wait for company before it takes a lone request.
+"""The learned window: how long an idle engine waits for further requests before it takes a single one.
 
-Say batches take t(b) = a + c*b, and while a lone request ran, `came` others would have come. Had it waited d, in which k
-of them came, the sum of all latencies would be less by
+Let batches take t(b) = a + c*b, and let `came` requests arrive while one request runs alone. Had the first request
+waited d, during which k of them arrive, the sum of all latencies would be smaller by
 
     k*(a - c - d) - d + (came - k)*(c*k - d)
 
-(those k skip the rest of that run, the first waits for them, and the others no longer share a batch with the k). Every
-arrival that finds the engine idle opens a probe that counts who comes, whether or not the engine waited; so nothing
-is tried on callers, and the same arrivals always teach the same. The window is 0 until the gain is certain.
+The k early arrivals skip the rest of that run, the first request pays d, and the later arrivals start d later but no
+longer share their batch with the k. Each arrival that finds the engine idle opens a probe, which counts the arrivals
+that follow, whether or not the engine waited. The gain is therefore estimated from observation alone, without
+exploration, and is deterministic. The window stays 0 until a gain is statistically certain.
 """
 
 from bisect import bisect_right
 
-#: Candidate windows as shares of a: beyond a half, waiting costs more than a batch of one. Steps of 1.5, since 150 us
+#: Candidate windows as fractions of a. Beyond a half, the wait costs more than it can gain. Steps of 1.5, because 150 us
 #: gain a third more than 200 us where bursts of eight last 200 us (`python -m tools.simulate_batching`).
 _SHARES = (0.02, 0.03, 0.045, 0.0675, 0.1, 0.15, 0.225, 0.34, 0.5)
-_WEIGHT = 0.02  # of one probe, once fifty are in
+_WEIGHT = 0.02  # of one probe, from the fiftieth on
 _LEAST_PROBES = 16
-#: Standard errors that the mean gain must exceed 0 by.
+#: The mean gain must exceed 0 by this many standard errors.
 _CERTAINTY = 2.0
-_DRIFT = 0.25  # a and c change by this share before what was counted for other windows is forgotten
-_MOST_COUNTED = 64  # arrivals of one probe
+_DRIFT = 0.25  # a change of a or c by more than this share resets the estimates
+_MOST_COUNTED = 64  # arrivals counted per probe
 
 
 class Linger:
-    """Passive probes of one lane and the window they justify. Times in nanoseconds.
+    """Passive probes of one lane and the window that they justify. Times in nanoseconds.
 
-    `window_ns` is how long to wait for company; 0: not at all. `began_ns` is when the open probe began.
+    `window_ns` is how long to wait; 0: not at all. `began_ns` is when the open probe began; None: no probe is open.
     """
 
     __slots__ = (
@@ -43,7 +44,7 @@ class Linger:
     )
 
     def __init__(self, least_ns: int = 0) -> None:
-        """No window is shorter than `least_ns`: what the owner's timer can tell apart."""
+        """`least_ns`: the shortest window that may be learned, which is the resolution of the owner's timer."""
         self._least_ns = least_ns
         self._learned = (0.0, 0.0)
         self._windows: list[float] = []
@@ -52,14 +53,14 @@ class Linger:
     def _forget(self) -> None:
         self.window_ns = 0
         self.began_ns: int | None = None
-        self._came: list[int] = []  # how long after the probe began
+        self._came: list[int] = []  # arrivals of the open probe, in nanoseconds after it began
         self._gains = [0.0] * len(self._windows)
         self._squares = [0.0] * len(self._windows)
         self._probes = 0
-        self._lonely = 0  # probes in which nobody came, still to be counted
+        self._lonely = 0  # probes without any arrival that are not yet in the estimates
 
     def set_costs(self, fixed: float, marginal: float) -> None:
-        """Say what batches cost now (a, c); what was learned is kept while they change little."""
+        """Set a (fixed) and c (marginal). The estimates survive a small change and are reset by a large one."""
         old_a, old_c = self._learned
         if abs(fixed - old_a) <= _DRIFT * old_a and abs(marginal - old_c) <= _DRIFT * max(old_c, fixed / 64):
             return
@@ -69,7 +70,7 @@ class Linger:
         self._forget()
 
     def arrived(self, now_ns: int, *, opens: bool) -> None:
-        """Count an arrival; `opens` says that it found the engine idle and nobody waiting."""
+        """Record an arrival. `opens`: it found the engine idle and nothing waiting, so it opens a probe."""
         if self.began_ns is not None:
             passed = now_ns - self.began_ns
             if passed <= sum(self._learned):
@@ -84,7 +85,7 @@ class Linger:
         fixed, marginal = self._learned
         came, self._came, self.began_ns = self._came, [], None
         if not came and not self.window_ns and self._probes >= 1 / _WEIGHT:
-            self._lonely += 1  # the usual case of a quiet device: it can only tell against windows
+            self._lonely += 1  # the usual case on a quiet device; it can only speak against a window
             return
         self._catch_up()
         self._probes += 1
@@ -104,7 +105,7 @@ class Linger:
                     best, self.window_ns = certain, int(window)
 
     def _catch_up(self) -> None:
-        """Count the lonely probes, each of which lost its window, all at once."""
+        """Add the probes without any arrival to the estimates; each of them lost its whole window."""
         if self._lonely:
             kept = (1 - _WEIGHT) ** self._lonely
             for i, window in enumerate(self._windows):

@@ -1,11 +1,11 @@
-"""What waits, and in which order it is served: priority levels, tenants in turns, deadlines.
+"""The requests that wait, in the order in which they are served: priority classes, flows in turns, deadlines.
 
     PriorityClass (strict, with ageing) -> Flow (one tenant, takes turns) -> Queue (one lane, earliest deadline first)
 
-Turns are start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): each tenant has a virtual time, which a
-batch moves on by the engine time the tenant's rows took, and the one least far goes next. It shares out
-engine time as deficit round robin does, but needs no quantum and does not favour a tenant that empties its queue with
-each batch and fills it again, as every caller with one request under way does.
+Turns are start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each flow has a virtual time: the engine time
+that its rows have used. The flow with the smallest virtual time is served next. Engine time is shared as by deficit
+round robin, but without a quantum, and a flow that empties its queue with each batch and refills it (a caller with
+one request at a time) gains nothing by doing so.
 """
 
 from bisect import bisect_left
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from edge_runtime.core.scheduling.lane import Lane
 
-#: Tenants with nothing waiting whose virtual time is kept; the longest gone starts afresh.
+#: Flows with nothing waiting whose virtual time is kept. Beyond that the flow that left first is forgotten.
 _REMEMBERED = 1024
 
 
@@ -34,32 +34,32 @@ class Entry:
 
 
 class Queue:
-    """Requests of one tenant for one lane at one level, earliest deadline first, equal ones in order of arrival.
+    """Requests of one flow for one lane, earliest deadline first; equal deadlines in order of arrival.
 
-    Sorted parallel lists, not a heap: arrivals mostly go to the end, a batch is cut off as a slice, a cancel leaves
-    nothing behind, and a place in the list says who is served before.
+    Two parallel sorted lists instead of a heap: most arrivals go to the end, a batch is cut off as a slice, a cancelled
+    request leaves nothing behind, and an index in the list is the number of rows that are served before.
     """
 
-    __slots__ = ("entries", "keys", "lane", "share")
+    __slots__ = ("entries", "flow", "keys", "lane")
 
-    def __init__(self, share: "Flow", lane: Lane) -> None:
-        self.share = share
+    def __init__(self, flow: "Flow", lane: Lane) -> None:
+        self.flow = flow
         self.lane = lane
         self.keys: list[int] = []
         self.entries: list[Entry] = []
 
     def insert(self, at: int, entry: Entry) -> None:
-        """Put `entry` at its place among the keys. The queue may be new or have been empty."""
-        keys, level = self.keys, self.share.level
+        """Insert `entry` at index `at`, which keeps the keys sorted. The queue may be new or have been empty."""
+        keys, priority_class = self.keys, self.flow.priority_class
         if not keys:
-            level.attach(self)
+            priority_class.attach(self)
         keys.insert(at, entry.key_ns)
         self.entries.insert(at, entry)
         self.lane.waiting += 1
-        level.waiting += 1
+        priority_class.waiting += 1
 
     def remove(self, entry: Entry) -> None:
-        """Take out an entry that is in it."""
+        """Remove an entry, which must be in this queue."""
         at = bisect_left(self.keys, entry.key_ns)
         while self.entries[at] is not entry:
             at += 1
@@ -67,7 +67,7 @@ class Queue:
         self._shrunk(1)
 
     def cut(self, count: int) -> list[Entry]:
-        """Take out the first `count`, or all there are."""
+        """Remove and return the first `count` entries, or all if there are fewer."""
         taken = self.entries[:count]
         del self.entries[:count], self.keys[:count]
         self._shrunk(len(taken))
@@ -75,25 +75,25 @@ class Queue:
 
     def _shrunk(self, count: int) -> None:
         self.lane.waiting -= count
-        self.share.level.waiting -= count
+        self.flow.priority_class.waiting -= count
         if not self.keys:
-            self.share.level.detach(self)
+            self.flow.priority_class.detach(self)
 
 
 class Flow:
-    """One tenant at one level: its queues, and its virtual time, in nanoseconds of engine time."""
+    """One tenant in one priority class: its queues, and its virtual time in nanoseconds of engine time."""
 
-    __slots__ = ("level", "queues", "tenant", "virtual_ns")
+    __slots__ = ("priority_class", "queues", "tenant", "virtual_ns")
 
-    def __init__(self, level: "PriorityClass", tenant: str) -> None:
-        self.level = level
+    def __init__(self, priority_class: "PriorityClass", tenant: str) -> None:
+        self.priority_class = priority_class
         self.tenant = tenant
         self.queues: dict[Lane, Queue] = {}  # none of them empty
         self.virtual_ns = 0.0
 
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
+        """How many requests of this flow wait."""
         return sum([len(queue.keys) for queue in self.queues.values()])
 
     def most_urgent(self) -> Queue:
@@ -103,77 +103,77 @@ class Flow:
 
 
 class PriorityClass:
-    """One priority and the tenants that wait in it. `since_ns`: when it last had a turn, or began to wait.
+    """One priority and the flows that wait in it. `since_ns`: when it last had a turn, or began to wait.
 
-    `credit_ns` is how far behind the others a tenant may begin that had less of the engine than its part: a few requests
-    of a quiet one are then served in a row beside a flood, not in turns with it.
+    `credit_ns` is the largest lag behind the other flows that a returning flow keeps (start-time fair queueing would
+    reset the lag to 0). A quiet flow may so send a short burst ahead of a flood instead of in turns with it.
     """
 
-    __slots__ = ("_ahead", "_clock_ns", "by_lane", "credit_ns", "shares", "since_ns", "waiting")
+    __slots__ = ("_ahead", "_clock_ns", "by_lane", "credit_ns", "flows", "since_ns", "waiting")
 
     def __init__(self) -> None:
-        self.shares: dict[str, Flow] = {}
+        self.flows: dict[str, Flow] = {}
         self.by_lane: dict[Lane, dict[Queue, None]] = {}
         self.waiting = 0
         self.since_ns = 0
         self.credit_ns = 0.0
-        self._clock_ns = 0.0  # virtual time of the last turn: a newcomer begins that far, less its credit
-        self._ahead: OrderedDict[str, float] = OrderedDict()  # virtual time of tenants with nothing waiting
+        self._clock_ns = 0.0  # virtual time of the last turn: a new flow starts there, less the credit
+        self._ahead: OrderedDict[str, float] = OrderedDict()  # virtual time of flows with nothing waiting
 
     def queue(self, tenant: str, lane: Lane) -> Queue:
-        """The queue of a tenant's requests for a lane; a new one is attached by its first `insert`."""
-        share = self.shares.get(tenant)
-        if share is None:
-            share = Flow(self, tenant)
-        queue = share.queues.get(lane)
-        return Queue(share, lane) if queue is None else queue
+        """The queue of a tenant's requests for a lane. A new queue is attached by its first `insert`."""
+        flow = self.flows.get(tenant)
+        if flow is None:
+            flow = Flow(self, tenant)
+        queue = flow.queues.get(lane)
+        return Queue(flow, lane) if queue is None else queue
 
     def queues(self) -> Iterator[Queue]:
         """All queues; none is empty."""
-        for share in self.shares.values():
-            yield from share.queues.values()
+        for flow in self.flows.values():
+            yield from flow.queues.values()
 
     def turn(self) -> Flow:
-        """Whose turn it is: the tenant that had least of the engine; of equal ones, who waits longer."""
-        shares = self.shares.values()
-        share = next(iter(shares)) if len(shares) == 1 else min(shares, key=_virtual_ns)
-        if share.virtual_ns > self._clock_ns:
-            self._clock_ns = share.virtual_ns
-        return share
+        """The flow whose turn it is: the one with the smallest virtual time; of equal ones, the one that waits longer."""
+        flows = self.flows.values()
+        flow = next(iter(flows)) if len(flows) == 1 else min(flows, key=_virtual_ns)
+        if flow.virtual_ns > self._clock_ns:
+            self._clock_ns = flow.virtual_ns
+        return flow
 
     def in_turn(self, lane: Lane) -> list[Queue]:
-        """The queues of a lane, in the order of their tenants' turns."""
+        """The queues of a lane, in the order of their flows' turns."""
         queues = self.by_lane.get(lane, ())
         return sorted(queues, key=_virtual_ns_of_queue) if len(queues) > 1 else list(queues)
 
-    def charge(self, share: Flow, ns: float) -> None:
-        """Move a tenant's virtual time on, also when it has nothing waiting any more."""
-        present = self.shares.get(share.tenant)
+    def charge(self, flow: Flow, ns: float) -> None:
+        """Add engine time to a flow's virtual time, also if nothing of the flow waits any more."""
+        present = self.flows.get(flow.tenant)
         if present is not None:
             present.virtual_ns += ns
         else:
-            self._remember(share.tenant, self._ahead.get(share.tenant, share.virtual_ns) + ns)
+            self._remember(flow.tenant, self._ahead.get(flow.tenant, flow.virtual_ns) + ns)
 
     def attach(self, queue: Queue) -> None:
-        """Let a queue take part in the turns, before its first entry."""
-        share = queue.share
-        if share.tenant not in self.shares:
-            share.virtual_ns = max(self._ahead.pop(share.tenant, 0.0), self._clock_ns - self.credit_ns)
-            self.shares[share.tenant] = share
-        share.queues[queue.lane] = queue
+        """Include a queue in the turns, just before its first entry is inserted."""
+        flow = queue.flow
+        if flow.tenant not in self.flows:
+            flow.virtual_ns = max(self._ahead.pop(flow.tenant, 0.0), self._clock_ns - self.credit_ns)
+            self.flows[flow.tenant] = flow
+        flow.queues[queue.lane] = queue
         self.by_lane.setdefault(queue.lane, {})[queue] = None
 
     def detach(self, queue: Queue) -> None:
-        """Leave an empty queue out, and a tenant with no other."""
-        share, lane = queue.share, queue.lane
-        del share.queues[lane]
-        beside = self.by_lane[lane]
-        del beside[queue]
-        if not beside:
+        """Exclude an empty queue from the turns, and its flow too if that was its last queue."""
+        flow, lane = queue.flow, queue.lane
+        del flow.queues[lane]
+        of_lane = self.by_lane[lane]
+        del of_lane[queue]
+        if not of_lane:
             del self.by_lane[lane]
-        if not share.queues:
-            del self.shares[share.tenant]
-            self._remember(share.tenant, share.virtual_ns)
+        if not flow.queues:
+            del self.flows[flow.tenant]
+            self._remember(flow.tenant, flow.virtual_ns)
 
     def _remember(self, tenant: str, virtual_ns: float) -> None:
         ahead = self._ahead
@@ -187,9 +187,9 @@ def _head_key(queue: Queue) -> int:
     return queue.keys[0]
 
 
-def _virtual_ns(share: Flow) -> float:
-    return share.virtual_ns
+def _virtual_ns(flow: Flow) -> float:
+    return flow.virtual_ns
 
 
 def _virtual_ns_of_queue(queue: Queue) -> float:
-    return queue.share.virtual_ns
+    return queue.flow.virtual_ns

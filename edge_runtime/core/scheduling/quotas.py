@@ -1,4 +1,4 @@
-"""How much of the engines' time each tenant may use."""
+"""The engine time that each tenant may use."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ _REMEMBERED = 64
 
 
 class EngineQuotas:
-    """A leaky bucket for each tenant, a second deep (GCRA: one number each). `share` is engine time per time."""
+    """A leaky bucket per tenant, one second deep, as GCRA: one number each. `share`: engine seconds per second."""
 
     __slots__ = ("_share", "_spent_until_ns")
 
@@ -16,12 +16,12 @@ class EngineQuotas:
         self._spent_until_ns: dict[str, float] = {}
 
     def ahead_ns(self, now_ns: int, tenant: str) -> int:
-        """How long until a tenant that has used up its part may come again; 0: it may now."""
+        """Nanoseconds until a tenant that has used up its quota may submit again; 0: it may now."""
         ahead_ns = self._spent_until_ns.get(tenant, 0.0) - now_ns - _BURST_NS
         return int(ahead_ns) + 1 if ahead_ns > 0 else 0
 
     def spend(self, now_ns: int, tenants: Sequence[str], each_ns: float) -> None:
-        """Bill `each_ns` of engine time to each of `tenants`, who may occur more than once."""
+        """Charge `each_ns` of engine time for each element of `tenants`; a tenant may occur several times."""
         spent = self._spent_until_ns
         for tenant in tenants:
             spent[tenant] = max(spent.get(tenant, 0.0), now_ns) + each_ns / self._share

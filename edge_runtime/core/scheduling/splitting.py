@@ -1,22 +1,25 @@
-"""Pad or split: which batch sizes serve `n` waiting rows soonest, by a small dynamic program over the prepared sizes.
+"""Pad or split: the batch sizes that serve `n` waiting rows in the least time, by dynamic programming.
 
-An engine pads a batch to the next prepared size, so 5 rows may run as one padded 8, or as 4 and 1; which is
-cheaper depends on what was measured, and CPU kernels make t(8) > 2 * t(4) possible.
+An engine pads a batch to the next prepared size, so 5 rows can run as a padded 8, or as 4 and 1. The measured costs say
+which is cheaper; with CPU kernels t(8) > 2 * t(4) does occur.
 """
 
 from collections.abc import Sequence
 
-#: Fewer, larger batches win when they cost at most this much more: each batch has a price outside the engine too.
+#: A larger first batch is preferred if the total is at most this much larger: each batch costs time outside the engine.
 _TOLERANCE = 1.02
 
 
 class Split:
-    """The best first batch and the total time for 0..max_batch rows; computed once from (sizes, costs)."""
+    """The best first batch and the total time for 0 to max_batch rows, computed once from sizes and costs.
+
+    `most` is the size that serves a long queue fastest, `per_row` the time of a row in the cheapest size.
+    """
 
     __slots__ = ("first", "most", "per_row", "total")
 
     def __init__(self, sizes: Sequence[int], costs: Sequence[float]) -> None:
-        """`sizes` rise, the last is the most rows of a batch; `costs` are nanoseconds."""
+        """`sizes` are in rising order, the last is the largest batch; `costs` are their times in nanoseconds."""
         most = sizes[-1]
         self.first, self.total = [0] * (most + 1), [0.0] * (most + 1)
         for n in range(1, most + 1):
@@ -28,17 +31,16 @@ class Split:
                     best, rows = total, taken
             self.first[n], self.total[n] = rows, best
         pairs = [(cost / size, -size) for size, cost in zip(sizes, costs, strict=True)]
-        cheapest = min(share for share, _ in pairs)
-        #: The size that serves a long queue fastest, and what a row costs in it.
-        self.most = max(-size for share, size in pairs if share <= cheapest * _TOLERANCE)
+        cheapest = min(each for each, _ in pairs)
+        self.most = max(-size for each, size in pairs if each <= cheapest * _TOLERANCE)
         self.per_row = cheapest
 
     def batch(self, waiting: int) -> int:
-        """Rows of the next batch for so many waiting (at least 1)."""
+        """The size of the next batch while `waiting` rows wait (at least 1)."""
         return self.first[waiting] if waiting < len(self.first) else self.most
 
     def drain(self, rows: int) -> float:
-        """Time to serve so many rows, in nanoseconds."""
+        """The time to serve `rows` rows, in nanoseconds."""
         if rows < len(self.first):
             return self.total[rows]
         whole = (rows - len(self.first) + 1) // self.most + 1

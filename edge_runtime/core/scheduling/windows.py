@@ -1,4 +1,4 @@
-"""When an idle engine waits although somebody does: learned, fixed, or to keep its duty down."""
+"""How long a request waits for company although an engine is idle: a learned window, a fixed one, or a duty target."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,12 @@ from edge_runtime.core.scheduling.lane import Lane
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`window_ns`: None for learned, 0 for never, else counted from the arrival of the first of a lane.
+    """When requests wait although an engine is idle.
 
-    `duty_target` is the share of time that engines should run at most (None: they run whenever there is work);
-    for it requests wait as long as their deadlines allow, and `duty_wait_ns` at most. `tick_ns` is what the owner's
-    timer can tell apart: no shorter window is learned.
+    - `window_ns`: None to learn it, 0 for no window, else a fixed time from the arrival of a lane's first request.
+    - `duty_target`: the largest share of time that engines should run; None: no limit. Requests wait for it as long as
+      their deadlines allow, but at most `duty_wait_ns`.
+    - `tick_ns`: the resolution of the owner's timer. No shorter window is learned.
     """
 
     window_ns: int | None = None
@@ -21,22 +22,22 @@ class Policy:
 
 
 class Windows:
-    """Applies a policy to the one lane that waits. Times in nanoseconds."""
+    """Applies a policy to the only lane with waiting requests. Times in nanoseconds."""
 
     __slots__ = ("_policy", "_saved_at_ns", "_saved_ns")
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._saved_ns = 0.0  # engine time saved up under `duty_target`
+        self._saved_ns = 0.0  # engine time that `duty_target` allows and that was not used
         self._saved_at_ns = 0
 
     @property
     def has_duty(self) -> bool:
-        """Whether requests are held for the engine's sake, however many lanes wait."""
+        """Whether there is a duty target, which holds requests however many lanes wait."""
         return self._policy.duty_target is not None
 
     def began(self, now_ns: int, lane: Lane, *, finds_idle: bool) -> None:
-        """The first request of a lane arrived; `finds_idle`: at a free engine, with nothing else waiting."""
+        """Record the first request of a lane; `finds_idle`: an engine had room and nothing else waited."""
         lane.linger.arrived(now_ns, opens=finds_idle)
         window_ns = self._policy.window_ns
         if window_ns is None:
@@ -45,7 +46,7 @@ class Windows:
         lane.held_until_ns = now_ns + window_ns
 
     def until(self, now_ns: int, lane: Lane, speed: float) -> int:
-        """When the lane may go, deadlines aside; `now_ns` or before: now. No window holds a full batch."""
+        """The time until which the lane is held, deadlines aside; `now_ns` or earlier: not held. A full batch never is."""
         if lane.staying:
             return now_ns
         until_ns = now_ns if lane.waiting >= lane.costs.sizes[-1] else lane.held_until_ns
@@ -54,16 +55,16 @@ class Windows:
         return until_ns
 
     def spend(self, engine_ns: float) -> None:
-        """Note that an engine is to run."""
+        """Record predicted engine time that a dispatched batch uses."""
         self._saved_ns -= engine_ns
 
     def _saved_up(self, now_ns: int, lane: Lane, speed: float, target: float) -> int:
-        """When enough engine time is saved up for a batch of what waits."""
+        """The time at which the duty target allows the next batch of this lane."""
         costs = lane.costs
         need_ns = costs.mean(min(lane.waiting, costs.sizes[-1])) * speed
-        # For two full batches at most, or a quiet hour would pay for a busy one.
         most_ns = 2 * costs.means[-1] * speed
-        # And no deeper in debt, or an hour of deadlines that left no choice would slow the next one.
+        # A token bucket clamped to +-2 full batches, so that neither a long idle period nor a long overload affects the
+        # next hour.
         saved_ns = max(self._saved_ns, -most_ns) + (now_ns - self._saved_at_ns) * target
         self._saved_ns = min(saved_ns, most_ns)
         self._saved_at_ns = now_ns

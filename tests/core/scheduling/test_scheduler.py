@@ -1,4 +1,4 @@
-"""The scheduler under a fake clock: tables of events. Its invariants are held by `test_batching_machine`."""
+"""The scheduler under a fake clock: tables of events. `test_scheduler_machine` holds its invariants."""
 
 import pytest
 
@@ -104,7 +104,7 @@ def test_members_that_stay_take_turns_where_there_are_more_than_a_batch():
         for batch in batches:
             for request_id in batch.ids:
                 steps[request_id] += 1
-            scheduler.batch_done(now, batch.batch_id, 1, staying=set(batch.ids))
+            scheduler.batch_done(now, batch.batch_id, 1, staying=dict.fromkeys(batch.ids, "L"))
         batches = scheduler.poll(now)
     assert min(steps.values()) >= 19
 
@@ -406,17 +406,87 @@ def test_members_of_a_step_lane_stay_and_newcomers_join_at_any_step():
     (step,) = scheduler.poll(0)
     scheduler.submit(1, 3, "L", deadline_ns=50)
     scheduler.submit(1, 4, "L", deadline_ns=50)
-    scheduler.batch_done(2, step.batch_id, 2, staying={1, 2})
+    scheduler.batch_done(2, step.batch_id, 2, staying={1: "L", 2: "L"})
     (step,) = scheduler.poll(2)
     assert set(step.ids) == {1, 2, 3}  # no newcomer takes the place of one that stays, however urgent
     assert not scheduler.cancel(2)
-    scheduler.batch_done(3, step.batch_id, 1, staying={1, 3})  # 2 was cancelled while it ran
+    scheduler.batch_done(3, step.batch_id, 1, staying={1: "L", 3: "L"})  # 2 was cancelled while it ran
     assert scheduler.cancel(3)  # between two steps
     (step,) = scheduler.poll(3)
     assert set(step.ids) == {1, 4}
     scheduler.batch_done(4, step.batch_id, 1)
     assert scheduler.poll(4) == []
     assert scheduler.waiting == 0
+
+
+def test_members_whose_rows_grow_follow_their_shapes_and_never_mix_them():
+    scheduler = Scheduler(QueueLimits(max_batch=4))
+    for request_id in (1, 2, 3):
+        scheduler.submit(0, request_id, "short", deadline_ns=500)
+    (step,) = scheduler.poll(0)
+    scheduler.submit(1, 4, "long")
+    # 1 has grown, 2 has not, 3 has ended; 4 is a newcomer of the lane that 1 has reached.
+    scheduler.batch_done(2, step.batch_id, 2, staying={1: "long", 2: "short"})
+    (step,) = scheduler.poll(2)
+    assert (step.lane, step.ids) == ("long", (1, 4))
+    scheduler.batch_done(3, step.batch_id, 1, staying={1: "longest"})
+    lanes = {}
+    for now in (3, 4):
+        (step,) = scheduler.poll(now)
+        lanes[step.lane] = step.ids
+        scheduler.batch_done(now + 1, step.batch_id, 1)
+    assert lanes == {"short": (2,), "longest": (1,)}
+    assert scheduler.poll(5) == []
+    assert scheduler.waiting == 0
+
+
+def test_members_that_grow_teach_each_lane_its_own_costs():
+    scheduler = Scheduler(QueueLimits(max_batch=1))
+    scheduler.submit(0, 0, 0)
+    for length in range(200):  # more lanes than are remembered
+        (step,) = scheduler.poll(length)
+        assert step.lane == length
+        scheduler.batch_done(length + 1, step.batch_id, 1000 + length, staying={0: length + 1})
+    assert scheduler.lanes <= 64
+    assert scheduler.predicted_ns(199, 1) == 1199
+    assert scheduler.predicted_ns(198, 1) == 1198
+    assert scheduler.cancel(0)
+    assert scheduler.poll(201) == []
+
+
+def test_a_new_lane_of_one_member_does_not_cost_the_lane_of_another_what_it_learned():
+    scheduler = Scheduler(QueueLimits(max_batch=2))
+    for request_id, lane in ((100, "x"), (101, "x"), *((i, i) for i in range(63))):
+        scheduler.submit(request_id, request_id, lane)
+    for now in range(64):
+        (batch,) = scheduler.poll(now)
+        stays = {100: "new", 101: "x"} if batch.lane == "x" else {}
+        scheduler.batch_done(now, batch.batch_id, 777 if stays else 5, staying=stays)
+    assert scheduler.predicted_ns("x", 2) == 777
+
+
+def test_a_poll_returns_a_bounded_number_of_batches_and_the_next_one_is_due_at_once():
+    scheduler = Scheduler(QueueLimits(max_batch=1), engines=[1] * 20)
+    for request_id in range(20):
+        scheduler.submit(7, request_id, "L")
+    polls = []
+    while scheduler.waiting:
+        assert scheduler.next_wakeup_ns() <= 7
+        polls.append(len(scheduler.poll(7)))
+    assert polls == [8, 8, 4]
+    assert scheduler.next_wakeup_ns() is None
+
+
+def test_a_poll_is_due_at_once_when_an_engine_has_room_again_beside_waiting_requests():
+    scheduler = Scheduler(QueueLimits(max_batch=1))
+    batch = busy(scheduler, 5)
+    scheduler.submit(6, 1, "L")
+    assert scheduler.poll(6) == []
+    assert scheduler.next_wakeup_ns() is None  # the end of the batch comes first
+    scheduler.batch_done(9, batch, 4)
+    assert scheduler.next_wakeup_ns() <= 9
+    assert ids(scheduler.poll(9)) == [(1,)]
+    assert scheduler.next_wakeup_ns() is None
 
 
 def test_a_stream_of_cancels_behind_a_long_batch_keeps_no_memory():
@@ -427,7 +497,7 @@ def test_a_stream_of_cancels_behind_a_long_batch_keeps_no_memory():
         scheduler.submit(0, request_id, ("shape", request_id), deadline_ns=10**9, tenant=str(request_id))
         scheduler.cancel(request_id)
     assert scheduler.lanes <= 64
-    assert sum(len(level.shares) + len(level.by_lane) for level in scheduler._levels) == 2
+    assert sum(len(waits.flows) + len(waits.by_lane) for waits in scheduler._classes) == 2
 
 
 def serve(scheduler, arrivals, cost_ns, until_ns):
@@ -457,7 +527,7 @@ def test_the_lowest_priority_is_served_within_its_bound_under_a_flood_of_the_hig
     assert 16 * MS <= served <= 2 * 16 * MS * 1.5 + 2 * MS
 
 
-def test_strict_priority_goes_first_and_lower_levels_fill_what_is_left_of_a_batch():
+def test_strict_priority_goes_first_and_lower_classes_fill_the_rest_of_a_batch():
     scheduler = Scheduler(QueueLimits(max_batch=4))
     batch = busy(scheduler)
     for request_id, priority in ((1, 2), (2, 1), (3, 0), (4, 0), (5, 2)):
@@ -474,7 +544,7 @@ def test_tenants_in_lanes_of_different_cost_get_equal_engine_time(costs):
 
     def flood(now):
         for name in "xy":
-            if scheduler._levels[1].shares.get(name) is None:  # y keeps one batch waiting, and never more
+            if scheduler._classes[1].flows.get(name) is None:  # y keeps one batch waiting, and never more
                 for _ in range(4):
                     scheduler.submit(now, next(numbers), name, tenant=name)
 

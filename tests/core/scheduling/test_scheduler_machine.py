@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from edge_runtime.core.errors import RefusalKind
-from edge_runtime.core.scheduling.scheduler import LEVELS, Policy, QueueLimits, Refuse, Scheduler
+from edge_runtime.core.scheduling.scheduler import PRIORITIES, Policy, QueueLimits, Refuse, Scheduler
 
 MAX_BATCH, MAX_WAITING, MAX_BYTES = 4, 10, 100
 LADDER = ((1, 10), (2, 13), (4, 19))
@@ -70,7 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         who = Member(
             chance.choice("aab"),
             chance.choice("xyz"),
-            chance.randrange(LEVELS),
+            chance.randrange(PRIORITIES),
             chance.randint(0, 30),
             deadline,
         )
