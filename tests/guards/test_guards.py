@@ -89,14 +89,14 @@ SCHEDULER = [
         "batch_id = self._next_batch_id",
         "batch_id = id(actions)",
     ),
-    ("tenants take turns", QUEUEING, "min(shares, key=_virtual_ns)", "next(iter(shares))"),
+    ("tenants take turns", QUEUEING, "min(flows, key=_virtual_ns)", "next(iter(flows))"),
     (
         "turns are charged in engine time",
         QUEUEING,
-        "            share.virtual_ns = max(self._ahead.pop(share.tenant, 0.0), self._clock_ns - self.credit_ns)\n",
+        "            flow.virtual_ns = max(self._ahead.pop(flow.tenant, 0.0), self._clock_ns - self.credit_ns)\n",
         "            pass\n",
     ),
-    ("the lowest level ages", BATCHING, "(now_ns - level.since_ns) // ageing_ns", "0"),
+    ("the lowest class ages", BATCHING, "(now_ns - waits.since_ns) // ageing_ns", "0"),
     ("the earliest deadline goes first", BATCHING, "else bisect_right(keys, key_ns)", "else len(keys)"),
     (
         "a draining scheduler takes nothing",

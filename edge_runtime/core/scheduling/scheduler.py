@@ -31,9 +31,9 @@ PRIORITIES = 3
 NORMAL = 1
 
 _SECOND = 1_000_000_000
-#: A poll returns at most this many batches. To form eight batches of 32 rows takes about a millisecond, the resolution
+#: A poll returns at most this many batches, unless its caller says otherwise. To form eight batches of 32 rows takes about a millisecond, the resolution
 #: of an event loop's timers; then other work of the loop has its turn.
-_BATCHES_PER_POLL = 8
+BATCHES_PER_POLL = 8
 #: A priority class rises by one after this many full batches without a turn, but not before a millisecond.
 _AGEING_BATCHES = 16
 _LEAST_AGEING_NS = 1_000_000
@@ -240,17 +240,16 @@ class Scheduler:
         """Refuse every later submission. Waiting requests are still served."""
         self._is_draining = True
 
-    def poll(self, now_ns: int) -> list[Action]:
+    def poll(self, now_ns: int, most_batches: int = BATCHES_PER_POLL) -> list[Action]:
         """Return what to do now: refusals of requests that cannot end in time, and a batch for each engine with room.
 
-        At most _BATCHES_PER_POLL batches; if more could be dispatched, `next_wakeup_ns` then says that a poll is due.
+        If more than `most_batches` could be dispatched, `next_wakeup_ns` says that the next poll is due at once.
         """
         actions: list[Action] = []
         self._polled_ns = now_ns
         self._window_ends_ns = None
-        for _ in range(_BATCHES_PER_POLL):
-            if not self._waiting:
-                break
+        end_id = self._next_batch_id + most_batches
+        while self._waiting and self._next_batch_id < end_id:
             if self._late_bound_ns <= self._pool.free_from(now_ns) + self._forecast.single_ns:
                 self._drop_late(now_ns, actions)
             if not self._pool.free or not self._waiting or self._is_held(now_ns):

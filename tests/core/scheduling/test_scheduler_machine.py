@@ -119,12 +119,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             for engine in range(len(self.depths))
         }
         fresh = {lane for _, members in self.running.values() for lane in [next(iter(members.values())).lane]}
-        for action in self.both(lambda s: s.poll(self.now)):
+        most = chance.choice((1, 2, 8, 8))
+        actions = self.both(lambda s: s.poll(self.now, most))
+        for action in actions:
             if isinstance(action, Refuse):
                 self.dropped(action)
             else:
                 self.dispatched(action, predicted, action.lane in fresh)
-        self.settled()
+        batches = sum(not isinstance(action, Refuse) for action in actions)
+        assert batches <= most, "a poll is bounded"
+        if batches == most and self.waiting and len(self.running) < self.slots:
+            assert self.both(lambda s: s.next_wakeup_ns()) <= self.now, "and the next one is due at once"
+        else:
+            self.settled()
 
     def dropped(self, action):
         member = self.waiting.pop(action.id)
@@ -184,11 +191,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.load[engine] -= 1
         self.now += chance.choice((0, 1, 5, 12))
         duration = chance.choice((None, 8, 10, 12, 20, 30))
-        stay = {i for i in members if i not in self.left and chance.random() < 0.25}
+        stay = {i: chance.choice((m.lane, *"ab")) for i, m in members.items()
+                if i not in self.left and chance.random() < 0.25}  # fmt: skip
         self.both(lambda s: s.batch_done(self.now, batch_id, duration, staying=stay))
         for request_id, member in members.items():
             if request_id in stay:
-                member.is_staying = True
+                member.is_staying, member.lane = True, stay[request_id]  # its rows may have grown
                 self.waiting[request_id] = member
             else:
                 self.left.add(request_id)
