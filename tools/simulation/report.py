@@ -158,7 +158,7 @@ def figures(rows: Sequence[Measured]) -> str:
             f"in {len(reached)} of {len(ratios)} cases: {'; '.join(reached) or 'none'}",
         ),
     ]
-    head = "| figure | reached | measured |\n|---|---|---|\n"
+    head = "| target | reached | measured |\n|---|---|---|\n"
     return head + "\n".join(
         f"| {name} | {'yes' if is_so else 'no'} | {what} |" for name, is_so, what in lines
     )
