@@ -1,1 +1,1 @@
-"""Scripts that remake the shipped bundles; nothing here is installed or imported by the runtime."""
+"""Scripts that make bundles and measure them. The runtime neither installs nor imports anything from here."""

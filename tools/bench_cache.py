@@ -1,4 +1,4 @@
-"""What the cache costs: a hit, and what a request that is never repeated pays for it.
+"""Measure what the cache costs: a hit, and the extra time of requests that are never repeated.
 
 Run: python -m tools.bench_cache [--json]. Times are this process's own work, so that neighbours on a shared machine
 count little; the requests with and without cache go by turns, one each, and the ratio is that of the medians.

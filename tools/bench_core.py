@@ -1,8 +1,8 @@
-"""What the scheduler costs per request, how quickly it refuses, and what a hop to an engine thread costs:
+"""Measure the time of the scheduler per request and per refusal, and of a hop to an engine thread:
 
     python -m tools.bench_core [--json]
 
-Processor time, the median of many rounds, since machines are shared; the hop is wall time, its median.
+Figures are medians of many rounds, in processor time because machines are shared; that of the hop is wall time.
 """
 
 import argparse
@@ -21,9 +21,7 @@ from edge_runtime.serving.engine_thread import EngineThread
 #: A model of 100 microseconds; the latency profile keeps admission and splitting at work.
 LADDER = tuple((rows, 90_000 + 10_000 * rows) for rows in (1, 2, 4, 8, 16, 32))
 ROUNDS = 60
-AS_DRIVEN = Policy(
-    tick_ns=1_000_000
-)  # as the model runner drives it: an event loop's timers tell no more apart
+AS_DRIVEN = Policy(tick_ns=1_000_000)  # as the model runner sets it: the resolution of an event loop's timers
 
 
 def submit_to_dispatch(deep: int, tenants: int, *, max_batch: int, has_deadlines: bool) -> float:
@@ -90,7 +88,7 @@ async def hop(count: int = 300) -> float:
 
 
 def measure() -> dict[str, float]:
-    """All figures, by what they are, in microseconds."""
+    """All figures in microseconds, by name."""
     cases: dict[str, Callable[[], float]] = {
         "submit to dispatch, 512 deep, 4 tenants, deadlines": lambda: submit_to_dispatch(
             512, 4, max_batch=32, has_deadlines=True

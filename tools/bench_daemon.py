@@ -43,7 +43,7 @@ def measure(connections: int, seconds: int, port: int, script: Path) -> dict[str
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"RESULT (\d+) (\d+) (\S+) (\S+) (\S+)", run.stderr)
     if found is None:
-        raise SystemExit(f"wrk said nothing useful: {run.stdout} {run.stderr}")
+        raise SystemExit(f"wrk printed no result: {run.stdout} {run.stderr}")
     requests, errors, took, p50, p99 = map(float, found.groups())
     return {"rps": requests / took, "errors": errors, "p50_ms": p50, "p99_ms": p99}
 

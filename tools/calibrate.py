@@ -1,9 +1,9 @@
-"""Fit a bundle's confidence anew to labelled texts of your own.
+"""Fit the confidence of a bundle to labelled texts of your own.
 
     python -m tools.calibrate ./my-bundle FRESH.jsonl --key my-key
 
-The model stays as it is; temperature, map, threshold and certificates are fitted to the rows, and the bundle's version
-goes up by one. At least 200 rows the model has not learned from are needed.
+The model stays the same. Temperature, map, threshold and certificates are fitted to the rows, and the version of the
+bundle goes up by one. This needs at least 200 rows on which the model was not trained.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from tools.trained_rows import found_in, read_trained
 
 
 def fresh_rows(bundle: Bundle, rows: Sequence[LabelledText], where: str) -> list[LabelledText]:
-    """The rows that may calibrate: of labels the bundle knows, and not among its training rows.
+    """Return the rows that may calibrate: those with a label of the bundle that are not among its training rows.
 
-    Rows out of scope are always welcome. Raises BadRows, with line numbers, for unknown labels, for more known
+    Out-of-scope rows are always accepted. Raises BadRows, with line numbers, for unknown labels, for more known
     texts than false positives explain, and for fewer than 200 rows.
     """
     labels = set(labels_of(bundle))
@@ -93,7 +93,7 @@ def recalibrate(
 
 
 def certificate_lines(certificates: Sequence[CertificateEntry]) -> list[str]:
-    """What is promised, a sentence each."""
+    """One sentence for each certificate."""
     lines = []
     for c in certificates:
         if c.threshold is not None:
@@ -111,7 +111,7 @@ def certificate_lines(certificates: Sequence[CertificateEntry]) -> list[str]:
 
 
 def report_lines(done: Calibrated) -> list[str]:
-    """The report as people read it."""
+    """The report as text."""
     r = done.report
     lines = [
         f"{r.accuracy:.2%} of {r.rows} rows in scope right"
@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("bundle", help="a bundle's folder (./folder) or name")
     options.add_argument(
-        "data", type=Path, help="JSONL or CSV with text and label; oos marks what is out of scope"
+        "data", type=Path, help="JSONL or CSV with text and label; oos marks out-of-scope texts"
     )
     options.add_argument("--out", type=Path, help="where to write the new bundle; default: in place")
     options.add_argument("--split", choices=("train", "val"), help="rows to use where the file has splits")

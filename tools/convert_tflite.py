@@ -137,7 +137,7 @@ def _bias_of(product: str, nodes: Sequence[Any], arrays: dict[str, NDArray[Any]]
 
 
 def convert(source: Path, out: Path, texts: Sequence[str]) -> Bundle:
-    """Write the TFLite bundle of `source` to `out` once both answer all `texts` alike. Raises BundleError."""
+    """Write the TFLite bundle of `source` to `out` if both give all `texts` the same label. Raises BundleError."""
     bundle = load_bundle(source)
     manifest = bundle.manifest
     files = {name: data for name, data in bundle.files.items() if name != manifest.model}
@@ -153,7 +153,7 @@ def convert(source: Path, out: Path, texts: Sequence[str]) -> Bundle:
 
 
 def made_up_texts(count: int = 512) -> list[str]:
-    """Strings of letters with spaces: enough to find a layer that is wrong, where no rows are at hand."""
+    """Random strings of letters and spaces: without rows, these are enough to find a wrong layer."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz" + " " * 6))
     return ["".join(rng.choice(letters, rng.integers(1, 80))) for _ in range(count)]

@@ -1,10 +1,10 @@
-"""What a bundle is worth on labelled texts, alone and with a cloud bundle behind it.
+"""Measure a bundle on labelled texts, alone and with a cloud bundle behind it.
 
     python -m tools.evaluate models/commands DATA.jsonl --split val --cloud models/commands-cloud --plot curve.png
 
-With `--cloud` both bundles answer every row for real; a point of the curve sends the least sure share of the
-in-scope rows to the cloud. What comes back is the answer the runtime gives: both tiers' evidence joined where
-the edge's bundle is fitted for this cloud (`python -m tools.fuse`), else the cloud's alone.
+With `--cloud` both bundles answer every row. Each point of the curve escalates a share of the in-scope rows, the least
+sure first. An escalated row gets the answer that the runtime would give: fused from both tiers if the edge bundle is
+fitted for this cloud bundle (`python -m tools.fuse`), else the cloud's.
 """
 
 import argparse

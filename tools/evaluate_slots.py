@@ -1,8 +1,8 @@
-"""What a bundle that finds intents and slots is worth on labelled texts, and what an answer costs.
+"""Measure a bundle with intents and slots on labelled texts, and the time of an answer.
 
     python -m tools.evaluate_slots models/commands-slots DATA.jsonl --split val --json
 
-Rows are asked one by one, as single requests come; times are medians on one core without the server.
+Rows are asked one by one. Times are medians on one core without the server.
 """
 
 import argparse

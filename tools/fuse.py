@@ -1,9 +1,9 @@
-"""Fit how an edge bundle joins its evidence with a cloud bundle's, and write it into the edge bundle.
+"""Fit the fusion of an edge bundle's scores with those of a cloud bundle, and write it into the edge bundle.
 
     python -m tools.fuse models/commands DATA.jsonl --split val --cloud models/commands-cloud
 
-Both bundles answer every row; the weight of the edge's log-probabilities is the one with most right answers, cross-
-validated. The bundle's signature ends with it: sign it again.
+Both bundles answer every row. The weight of the edge's log-probabilities is the one with the most right answers, cross-
+validated. The edge bundle must be signed again afterwards.
 """
 
 import argparse
@@ -32,11 +32,11 @@ FOLDS = 5
 
 
 def fit_weight(edge: NDArray[np.float32], cloud: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
-    """The edge's weight beside a cloud's of 1: the one with most right answers, mean of the choices of five folds.
+    """The weight of the edge (that of the cloud is 1) with the most right answers, the mean over five folds.
 
-    Log-probabilities `[n, labels]` of both tiers and the index of each row's label. Of weights with equally many
-    right the likelier one is taken. Likelihood alone chose 0.38 for the shipped bundles, and answered six rows of
-    600 more wrong than 0.1: a cloud trained with smoothed labels claims less than it knows.
+    `edge` and `cloud` are log-probabilities `[n, labels]`, `truth` the index of each row's label. Of weights with equally
+    many right answers, the one with the higher likelihood is taken. Likelihood alone chose 0.38 for the shipped bundles,
+    which answered six rows of 600 more wrongly than 0.1: a cloud model trained with smoothed labels is underconfident.
     """
     fold = np.random.default_rng(0).permutation(len(truth)) % FOLDS
     pooled = [pool(edge, cloud, weight, 1.0) for weight in WEIGHTS]
@@ -50,9 +50,9 @@ def fit_weight(edge: NDArray[np.float32], cloud: NDArray[np.float32], truth: NDA
 
 
 def fit_fusion(edge: Answers, cloud: Answers, truth: NDArray[np.int64], cloud_version: str) -> FusionEntry:
-    """Weights and the knots of the joined score, over all rows and not only those a threshold sends on.
+    """Return the weights and the knots of the fused score, fitted on all rows and not only on escalated ones.
 
-    A threshold may be moved, and 600 rows say too little: for the shipped bundles the weights came out as 0.23, 0.13,
+    The threshold may change, and the 600 escalated rows are too few: for the shipped bundles the weights were 0.23, 0.13,
     0.08, 0.14 and 0.09 from the least sure 15, 20, 30, 40 and 100 % of the rows.
     """
     if edge.scores is None or cloud.scores is None:
@@ -66,7 +66,7 @@ def fit_fusion(edge: Answers, cloud: Answers, truth: NDArray[np.int64], cloud_ve
 
 
 def fuse(bundle: Path, rows: list[LabelledText], cloud: str) -> dict[str, Any]:
-    """Fit on `rows` and write the bundle anew with the next version. Raises EdgeRuntimeError."""
+    """Fit on `rows` and write the bundle again with the next version. Raises EdgeRuntimeError."""
     loaded, behind = load_bundle(bundle), load_bundle(find_bundle(cloud))
     labels = labels_of(loaded)
     if labels_of(behind) != labels:
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", type=Path, help="folder of the edge bundle; it is written anew")
+    parser.add_argument("bundle", type=Path, help="folder of the edge bundle; it is overwritten")
     parser.add_argument("data", type=Path, help="JSONL or CSV with text and label, optionally split")
     parser.add_argument("--cloud", required=True, help="the bundle behind it")
     parser.add_argument("--split", choices=("train", "val"), default="val")

@@ -1,4 +1,4 @@
-"""A short hand for writing ONNX graphs with weights kept as int8, computed in fp32."""
+"""A builder for ONNX graphs whose weights are stored as int8 and computed in fp32."""
 
 import numpy as np
 import onnx

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Debian's mosquitto and its clients if they are missing and this user may; otherwise says how.
+# Installs Debian's mosquitto and its clients if they are missing and this user is permitted to; otherwise prints the command.
 set -u
 PATH=$PATH:/usr/sbin
 command -v mosquitto >/dev/null && command -v mosquitto_pub >/dev/null && exit 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Remakes the shipped bundles of CLINC150: make models DATA=path/to/data_full.json
 # With SNIPS=folder of the published train_<Intent>_full.json files, commands-slots too.
-# Stopped and started again it goes on where it was; what that takes lies in build/.
+# A stopped run continues when it is started again; its state is in build/.
 set -euo pipefail
 data=${DATA:?set DATA to the data_full.json of CLINC150 (https://github.com/clinc/oos-eval); its test rows are never read}
 python=.venv/bin/python

@@ -98,7 +98,7 @@ def labels_of(bundle: Bundle) -> list[str]:
     if bundle.manifest.task != "text-classification":
         raise BundleError(
             f"bundle {bundle.manifest.name!r} is for {bundle.manifest.task}; its confidence is not of labels alone, so "
-            "train it anew with its own tool"
+            "train it again with its own tool"
         )
     return list(msgspec.json.decode(bundle.files[bundle.manifest.labels], type=list[str]))
 
@@ -115,7 +115,7 @@ def bundle_logits(
     threads: int = 2,
     after_batch: Callable[[int], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Logits [n, labels] of a packed bundle, computed as it is served; `after_batch` hears of rows done."""
+    """Logits [n, labels] of a packed bundle, computed as the runtime computes them; `after_batch` is called with the number of rows done."""
     model = load_model(path, threads=threads)
     rows = encode_rows(model.processor, [text.encode() for text in texts])
     return engine_logits(model.engine, rows, after_batch)

@@ -1,6 +1,6 @@
 """Labelled texts from a file: JSONL or CSV with `text` and `label`, optionally `split` and `slots`.
 
-Every mistake is named by its line; a file with one is not used at all.
+Every mistake is reported with its line, and a file with a mistake is not used at all.
 """
 
 import csv

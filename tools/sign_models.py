@@ -1,7 +1,7 @@
 """Sign the shipped bundles with a fresh development key: python -m tools.sign_models
 
-The private half is never written anywhere, so there is none to keep or to lose: whoever remakes the bundles
-makes a new pair, and the package ships the public half.
+The private key is never written to disk, so it cannot be lost or stolen. To remake the bundles means to make a new key
+pair; the package ships the public key.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compare batching policies by simulation: what callers wait, what engines work, who is refused and when told.
+"""Compare batching policies by simulation: latency, engine time, refusals and the time until a refusal.
 
     python -m tools.simulate_batching --plot docs
     python -m tools.simulate_batching --quick --json
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--json", action="store_true", help="print the measurements for machines")
     found.add_argument("--plot", type=Path, metavar="DIR", help="write plots into this folder")
-    found.add_argument("--quick", action="store_true", help=f"{QUICK} requests a case in place of {FULL}")
+    found.add_argument("--quick", action="store_true", help=f"{QUICK} requests per case instead of {FULL}")
     found.add_argument("--seed", type=int, default=0, help="of arrivals and noise")
     return found
 
@@ -62,7 +62,7 @@ def main() -> None:
         about = {"requests": count, "seed": arguments.seed, "cpu_seconds": seconds}
         print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
         return
-    print(f"{count} requests a case, seed {arguments.seed}, {seconds} s of one core.\n")
+    print(f"{count} requests per case, seed {arguments.seed}, {seconds} s of one core.\n")
     print(report.markdown(rows))
 
 

@@ -2,8 +2,8 @@
 
     python -m tools.snips FOLDER build/snips.jsonl
 
-FOLDER holds one `<Intent>.*json` per intent. About one row in twenty becomes validation, the same share of each
-intent; rows that are one text but for case and blanks stay on one side.
+FOLDER holds one `<Intent>.*json` per intent. About one row in twenty becomes a validation row, the same share for each
+intent. Texts that differ only in case and blanks stay on one side.
 """
 
 import argparse

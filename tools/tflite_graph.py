@@ -1,7 +1,7 @@
-"""A short hand for writing TFLite models: int8 weights stay int8 in the file, computation is fp32, axis 0 is open.
+"""A builder for TFLite models: int8 weights stay int8 in the file, computation is fp32, axis 0 is open.
 
-Written with `flatbuffers` alone: neither TensorFlow nor a converter is needed. Field and enumeration numbers are
-those of TensorFlow Lite's schema.fbs, version 3; operator versions are the oldest that do the job, so that
+It needs only `flatbuffers`, neither TensorFlow nor a converter. Field and enumeration numbers are
+those of TensorFlow Lite's schema.fbs, version 3; operator versions are the oldest that suffice, so that
 tflite-runtime 2.14 runs the files as LiteRT 2 does.
 """
 

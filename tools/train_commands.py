@@ -1,9 +1,9 @@
-"""From a file of commands to a calibrated, quantised bundle:
+"""Make a calibrated, quantised bundle from a file of commands:
 
     python -m tools.train_commands commands.csv --tier edge --name my-commands --out my-commands
 
-DATA is JSONL or CSV with `text` and `label`, optionally `split` (train or val); the label `oos` is for what is out of
-scope. A killed run goes on where it stopped when it is started again. docs/training.md tells the rest.
+DATA is JSONL or CSV with `text` and `label`, optionally `split` (train or val); the label `oos` marks out-of-scope
+texts. A killed run continues where it stopped when it is started again. docs/training.md has the details.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         sys.exit(130)
     if arguments.json:
         print(json.dumps(report, ensure_ascii=False))
@@ -308,7 +308,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--threads", type=_positive, default=2)
     options.add_argument("--key", type=Path, help="private key to sign with, as keygen wrote it")
     options.add_argument("--bundle-version", type=_positive, help="default: one more than what is there")
-    options.add_argument("--work", type=Path, help="where a run can be taken up again; default: OUT.work")
+    options.add_argument(
+        "--work", type=Path, help="folder from which a stopped run continues; default: OUT.work"
+    )
     options.add_argument(
         "--report", type=Path, help="where report.json and report.html go; default: OUT-report"
     )

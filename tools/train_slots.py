@@ -3,9 +3,9 @@
     python -m tools.snips FOLDER build/snips.jsonl
     python -m tools.train_slots build/snips.jsonl --out models/commands-slots --checkpoint build/slots
 
-DATA is JSONL or CSV with text, label, slots and split. A small quantised net learns from the rows and from rows made
-of them by exchanging values of a slot; a teacher was not needed. With `--checkpoint FOLDER` every epoch is kept and a run
-that was cut off goes on behind the last one. Progress goes to stderr, the report as JSON to stdout.
+DATA is JSONL or CSV with text, label, slots and split. A small quantised net learns from the rows, and from rows
+in which values of a slot are exchanged; it has no teacher. With `--checkpoint FOLDER` every epoch is kept, and a killed
+run continues after the last one. Progress goes to stderr, the report as JSON to stdout.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("models/commands-slots"))
-    parser.add_argument("--checkpoint", type=Path, help="folder for what a run that is cut off goes on from")
+    parser.add_argument("--checkpoint", type=Path, help="folder from which a killed run continues")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--made", type=int, default=6, help="made-up rows for each true one")
     parser.add_argument("--buckets", type=int, default=Shape.buckets)

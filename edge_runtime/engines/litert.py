@@ -1,8 +1,8 @@
-"""The only door to LiteRT, or to its predecessor where that has no wheel: verified bytes in, answers out.
+"""The only module that imports LiteRT, or tflite-runtime where LiteRT has no wheel.
 
-One interpreter per bucket and prepared size, made when first needed: a change of size of one interpreter costs 7 us
-with LiteRT 2.3 and 1 ms with tflite-runtime 2.14, which then prepares every weight anew, while a second
-interpreter of a small model costs 4 ms once and below 1 MB. All share the bytes of the model.
+There is one interpreter per shape and prepared batch size, made when it is first needed. To resize an interpreter costs
+7 us with LiteRT 2.3 but 1 ms with tflite-runtime 2.14, which then prepares every weight again; a further interpreter of
+a small model costs 4 ms once and less than 1 MB. All interpreters share the bytes of the model.
 """
 
 from dataclasses import dataclass
@@ -50,14 +50,14 @@ class LitertEngine(BucketedEngine[_Bound]):
     ) -> None:
         """Load `model`. Inputs and outputs are in the order of the model's first graph.
 
-        Batches are forced to 1 where the caller says that neighbours matter, and where an axis 0 is not open.
-        `threads` is the number of threads inside an operator. Raises BundleError for what the scan or the
-        runtime refuses, and for inputs and outputs that are no numbers or have no batch axis.
+        Batches have one row if `is_batch_invariant` is false, or if axis 0 of an input or output is fixed. `threads` is the
+        number of threads inside an operator. Raises BundleError for a model that the scan or the runtime refuses, and
+        for inputs and outputs that are not numeric or have no batch axis.
         """
         scan(model)
         self._model, self._threads = model, threads
         try:
-            # Becomes the first set of buffers: an interpreter costs milliseconds.
+            # Kept for the first buffers, because an interpreter costs milliseconds.
             self._spare: Any = self._interpreter()
             inputs, outputs = self._spare.get_input_details(), self._spare.get_output_details()
         except Exception as error:  # noqa: BLE001 - the runtime has no error class of its own
@@ -73,7 +73,7 @@ class LitertEngine(BucketedEngine[_Bound]):
 
     @property
     def name(self) -> str:
-        """What runs the model."""
+        """The runtime that runs the model."""
         return _NAME
 
     def close(self) -> None:

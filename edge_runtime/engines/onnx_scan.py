@@ -1,8 +1,8 @@
-"""A walk over the bytes of an ONNX model, before the runtime sees them: external data and batch-unsafe operators.
+"""Scan the bytes of an ONNX model, before ONNX Runtime parses them, for external data and batch-unsafe operators.
 
-The runtime opens external files even for a model given as bytes, so tensors that point outside are found and
-refused here. The walk knows the few protobuf fields that lead to tensors and nodes, skips the payloads, and
-needs no `onnx` package. Field numbers are those of onnx.proto (ModelProto 7 graph, 20 training, 25 functions...).
+ONNX Runtime opens external files even if the model is given as bytes, so tensors that refer to other files are refused
+here. The scan knows the few protobuf fields that lead to tensors and nodes, skips their payloads, and needs no `onnx`
+package. Field numbers are those of onnx.proto.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from enum import Enum, auto
 from edge_runtime.core.errors import BundleError
 
 _MAX_DEPTH = 32
-#: Scales per tensor, taken over all rows of a batch: a neighbour changes the answer.
+#: These operators compute a scale over all rows of a batch, so a neighbour changes the answer of a row.
 _BATCH_UNSAFE = frozenset({b"DynamicQuantizeLinear", b"DynamicQuantizeMatMul", b"DynamicQuantizeLSTM"})
-#: Operator sets this project runs; any other domain means custom code.
+#: Domains of operators that this project runs. Any other domain means custom code.
 _DOMAINS = frozenset({b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"})
 
 
@@ -29,7 +29,7 @@ class _Kind(Enum):
     TENSOR = auto()
 
 
-#: Which length-delimited fields of a message lead to which messages.
+#: For each kind of message: the fields that hold further messages, and their kinds.
 _INTO: dict[_Kind, dict[int, _Kind]] = {
     _Kind.MODEL: {7: _Kind.GRAPH, 20: _Kind.TRAINING, 25: _Kind.FUNCTION},
     _Kind.TRAINING: {1: _Kind.GRAPH, 2: _Kind.GRAPH},
@@ -54,16 +54,16 @@ _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of TensorProto
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """What was found. `batch_unsafe` names operators whose scale depends on the neighbours in a batch."""
+    """`batch_unsafe` names the operators of the model whose results depend on the other rows of a batch."""
 
     batch_unsafe: frozenset[str]
 
 
 def scan(model: bytes) -> ScanResult:
-    """Walk a serialised ModelProto.
+    """Scan a serialised ModelProto.
 
-    Raises BundleError for tensors kept in other files, custom operators, nesting beyond 32, and bytes that
-    are not a protobuf message.
+    Raises BundleError for tensors in other files, custom operators, nesting deeper than 32, and bytes that are not a
+    protobuf message.
     """
     unsafe: set[str] = set()
     _walk(memoryview(model), _Kind.MODEL, 0, unsafe)
@@ -93,7 +93,8 @@ def _walk(data: memoryview, kind: _Kind, depth: int, unsafe: set[str]) -> None:
 def _batch_unsafe(node: memoryview) -> str:
     """The operator of a NodeProto if it computes over all rows of a batch, else "".
 
-    BatchNormalization does while training: told by `training_mode` (from opset 14), or by its further outputs.
+    BatchNormalization does so in training mode, which shows in the attribute `training_mode` (from opset 14) or, before
+    that, in more than one output.
     """
     operator, outputs, is_training = b"", 0, False
     for field, value in _fields(node):
@@ -102,7 +103,7 @@ def _batch_unsafe(node: memoryview) -> str:
         if field == _OPERATOR:
             operator = bytes(value)
         elif field == _OUTPUT:
-            outputs += len(value) > 0  # an empty name is an output left out
+            outputs += len(value) > 0  # an empty name stands for an output that is not used
         elif (
             field == _ATTRIBUTE and len(value) < 64
         ):  # the attribute sought is 20 bytes, tensors may be megabytes
@@ -126,7 +127,7 @@ def _broken() -> BundleError:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (field, varint or bytes) of one message; fixed-width values are skipped."""
+    """Yield the field number and the value (varint or bytes) of each field of a message. Fixed-width values are skipped."""
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at, end)

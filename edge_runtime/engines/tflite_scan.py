@@ -1,9 +1,9 @@
-"""A walk over the bytes of a TFLite model, before the runtime sees them: broken offsets, data elsewhere, state.
+"""Scan the bytes of a TFLite model, before the runtime parses them, for broken offsets, data elsewhere, and state.
 
-An offset that leads outside of the file may end the process: of mutants that are refused here tflite-runtime 2.14
-crashed or hung on half (152 of 296), LiteRT 2.3, which checks a file itself, on none of 609. So every table, vector and index
-is checked, but for what the options of operators point to. Field numbers are those of TensorFlow Lite's schema.fbs,
-version 3; no `flatbuffers` package is needed.
+An offset that leads outside of the file can crash the process. Of the damaged files that this scan refuses,
+tflite-runtime 2.14 crashed or hung on half (152 of 296); LiteRT 2.3, which checks files itself, on none of 609. Every
+table, vector and index is checked, except inside the options of operators. Field numbers are those of TensorFlow
+Lite's schema.fbs, version 3. No `flatbuffers` package is needed.
 """
 
 import struct
@@ -12,18 +12,19 @@ from collections.abc import Iterator
 from edge_runtime.core.errors import BundleError
 
 _IDENTIFIER = b"TFL3"
-#: Tables may share parts, so that a small file can describe a walk without end. The largest models have
-#: some 10,000 tensors and operators, each a few steps.
+#: Tables may share parts, so the scan of a small file could take for ever. The largest models have about 10,000 tensors and
+#: operators, of a few steps each.
 _MAX_STEPS = 500_000
 _CUSTOM = 32
-#: One caller's rows would leave something behind for the next: CALL_ONCE, hash tables, variables.
+#: Operators that keep state from one call to the next, so rows of different callers could meet: CALL_ONCE, hash tables,
+#: variables.
 _KEEPS_STATE = frozenset({129, 136, 137, 138, 139, 142, 143, 144})
 
 
 def scan(model: bytes) -> None:
-    """Walk a serialised model.
+    """Scan a serialised model.
 
-    Raises BundleError for bytes that are no TFLite file or lead outside of it, weights kept elsewhere, custom
+    Raises BundleError for bytes that are not a TFLite file, offsets outside of the file, weights in other places, custom
     operators, and state that outlives a call.
     """
     if len(model) < 8 or model[4:8] != _IDENTIFIER:
@@ -44,7 +45,7 @@ def _elsewhere() -> BundleError:
 
 
 class _File:
-    """Reads numbers at checked places and counts how many; struct refuses what lies outside."""
+    """Reads numbers at checked offsets and counts them; `struct` raises for offsets behind the end."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -58,11 +59,11 @@ class _File:
         return value
 
     def offset(self, at: int) -> int:
-        """Where the forward reference at `at` leads."""
+        """The target of the forward reference at offset `at`."""
         return at + self.number("I", at)
 
     def vector(self, at: int, item_bytes: int) -> range:
-        """Places of the items of the vector at `at`, all inside of the file."""
+        """The offsets of the items of the vector at offset `at`; all of them lie inside of the file."""
         count = self.number("I", at)
         end = at + 4 + count * item_bytes
         if end > len(self.data):
@@ -71,7 +72,7 @@ class _File:
 
 
 class _Table:
-    """A table of the file; fields are asked for by their number in the schema."""
+    """A table of the file. Fields are read by their number in the schema."""
 
     def __init__(self, file: _File, at: int) -> None:
         self._file, self._at = file, at
@@ -114,7 +115,7 @@ def _model(model: _Table) -> None:
     buffers = model.tables(4)
     for buffer in buffers:
         buffer.vector(0, 1)
-        # 0 and 1 are what writers put where the bytes are in the table itself.
+        # Writers put 0 or 1 here if the bytes are in the table itself.
         if buffer.number(1, "Q") > 1 or buffer.number(2, "Q") > 1:
             raise _elsewhere()
     if model.vector(8, 4) or model.vector(9, 4):  # external buffer groups, external buffers
@@ -172,7 +173,9 @@ def _graph(graph: _Table, operators: int, buffers: int) -> int:
     for node in graph.tables(3):
         _check(node.number(0, "I"), operators)
         for field in (1, 2, 8):
-            _check_all(node.numbers(field), count, least=-1)  # -1: an optional tensor that is not there
+            _check_all(
+                node.numbers(field), count, least=-1
+            )  # -1 stands for an optional tensor that is absent
         node.table(4)
         node.vector(5, 1)
         node.vector(7, 1)

@@ -135,7 +135,7 @@ def test_at_twice_the_capacity_nothing_is_wasted_and_refusals_come_at_once():
         assert ours.goodput >= 0.95, name
         assert ours.late <= (0.02 if "half as fast" in name else 0.001), name
         if "half as fast" not in name:  # what was admitted before it slowed down cannot be known to be late
-            assert not ours.told_p99_ms, name
+            assert not ours.refusal_p99_ms, name
 
 
 def test_a_flood_costs_a_quiet_tenant_two_batches_at_most(rows):

@@ -1,4 +1,4 @@
-"""What may be promised of the answers that are kept: exact binomial bounds, tested from the safest threshold down.
+"""Certificates for the answers that are kept: exact binomial bounds, tested from the safest threshold down.
 
 Source: Clopper and Pearson 1934; Learn then Test (Angelopoulos et al. 2021) for the fixed sequence, in which
 each test may use the whole of delta because testing ends with the first failure.

@@ -54,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What goes into the manifest, what is said about it, and the curve people look at."""
+    """The manifest's entry, the report, and the calibration curve."""
 
     entry: CalibrationEntry
     report: Report
@@ -74,8 +74,8 @@ def calibrate(
     """Fit on rows [n, labels] the model has not learned from.
 
     `labels` are indices, -1 for out of scope where the model has no such label; `oos` is that label's index. An
-    out-of-scope row answered in scope counts as wrong. The threshold sends the least sure share `escalate` of
-    the in-scope rows to the cloud; without any rows there is none.
+    out-of-scope row answered in scope counts as wrong. The threshold escalates the least sure share `escalate` of
+    the in-scope rows; without in-scope rows there is no threshold.
     """
     temperature = fit_temperature(logits, labels)
     scores, right = scores_of(logits, temperature, oos), logits.argmax(1) == labels

@@ -7,9 +7,9 @@ Knots = tuple[tuple[float, float], ...]
 
 #: Pools before merging; below the format's 32, and 33 rows each at the least.
 POOLS = 30
-#: With fewer rows isotonic regression follows the noise, and two parameters do better.
+#: With fewer rows isotonic regression fits the noise, and two parameters are better.
 ISOTONIC_ROWS = 1000
-#: Scores nearer to 0 or 1 than this are told apart no further.
+#: Scores closer to 0 or 1 than this count as equal.
 _EDGE = 1e-6
 
 

@@ -1,4 +1,4 @@
-"""When requests come, of whom, and by when they must be done. Rates are requests per nanosecond."""
+"""The arrivals of a case: times, tenants, priorities and deadlines. Rates are requests per nanosecond."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Requests in order of time; nanoseconds. `slack_ns`, `tenants` and `priorities` are empty where nobody says."""
+    """Requests in order of time; nanoseconds. `slack_ns`, `tenants` and `priorities` are empty if the case has none."""
 
     times_ns: list[int]
     slack_ns: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The cases: engines, loads and callers, as values. Load is a share of what full batches can serve."""
+"""The cases: engines, loads and callers, as values. Load is relative to what full batches can serve."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ Source = Callable[[np.random.Generator, int], Arrivals]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An engine and who asks it. `load` is the offered share of its capacity, in the mean."""
+    """An engine and its callers. `load` is the mean offered load as a share of the engine's capacity."""
 
     name: str
     group: str

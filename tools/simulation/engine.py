@@ -1,4 +1,4 @@
-"""The engine of a simulated case: what a batch truly takes, which no policy is told."""
+"""The engine of a simulated case: the true duration of a batch, which the policies do not know."""
 
 from dataclasses import dataclass
 
@@ -21,13 +21,13 @@ class Engine:
     pads: bool = False
 
     def cost_ns(self, rows: int) -> int:
-        """What a batch takes on average, unthrottled."""
+        """The mean duration of a batch, unthrottled."""
         if self.pads and rows > 1:
             rows = min(1 << (rows - 1).bit_length(), self.max_batch)
         return self.fixed_ns + self.marginal_ns * rows
 
     def latency_profile(self) -> tuple[tuple[int, int], ...]:
-        """What a warm-up sweep would measure: `(rows, nanoseconds)` of the powers of two and the most."""
+        """The result of a warm-up sweep: `(rows, nanoseconds)` of the powers of two and the most."""
         sizes = {1 << i for i in range(self.max_batch.bit_length())} | {self.max_batch}
         return tuple((rows, self.cost_ns(rows)) for rows in sorted(sizes))
 
@@ -37,7 +37,7 @@ class Engine:
         return self.max_batch / self.cost_ns(self.max_batch)
 
     def duration_ns(self, now_ns: int, rows: int, rng: np.random.Generator) -> int:
-        """What this batch takes, started now."""
+        """The duration of this batch if it starts now."""
         cost = float(self.cost_ns(rows))
         if self.noise:  # of mean 1
             cost *= float(np.exp(self.noise * rng.standard_normal() - self.noise**2 / 2))

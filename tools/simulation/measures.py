@@ -16,12 +16,12 @@ from tools.simulation.replay import Outcome, Rule, replay
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Times in milliseconds; shares of 1; None where a case has no such figure.
+    """Times in milliseconds, shares from 0 to 1; None where a case has no such figure.
 
-    `goodput` is answers in time per time, as a share of what full batches can serve; `told_p50_ms` and `told_p99_ms` are how
-    long after its arrival a refused request was refused; `jain` is Jain's index of the engine time of
+    `goodput` is answers in time per time, as a share of what full batches can serve; `refusal_p50_ms` and `refusal_p99_ms` are the
+    time from arrival to refusal; `jain` is Jain's index of the engine time of
     tenants while all had work waiting; `quiet_alone_ms` is the p99 of the quiet tenant without the others;
-    `bound_ms` is the rest of a full batch that runs and a full one of its own, which full batches cannot beat.
+    `bound_ms` is the rest of a running full batch plus a full batch of its own: the least that full batches allow.
     """
 
     case: str
@@ -35,8 +35,8 @@ class Measured:
     goodput: float
     late: float
     refused: float
-    told_p50_ms: float | None = None
-    told_p99_ms: float | None = None
+    refusal_p50_ms: float | None = None
+    refusal_p99_ms: float | None = None
     jain: float | None = None
     quiet_p99_ms: float | None = None
     quiet_alone_ms: float | None = None
@@ -71,7 +71,7 @@ def measured(case: Case, policy: str, arrivals: Arrivals, outcome: Outcome) -> M
     if arrivals.slack_ns:
         in_time = latency[latency <= np.array(arrivals.slack_ns) / 1e6]
     refused_ns = np.array(outcome.refused_ns)
-    told = (refused_ns - times)[refused_ns > 0] / 1e6
+    refusals = (refused_ns - times)[refused_ns > 0] / 1e6
     tenants = np.array(arrivals.tenants)
     levels = np.array(arrivals.priorities)
     quiet = tenants == case.quiet if case.quiet else np.zeros(0, bool)
@@ -86,8 +86,8 @@ def measured(case: Case, policy: str, arrivals: Arrivals, outcome: Outcome) -> M
         float(outcome.busy_ns / span_ns),
         float(len(in_time) / _could_serve(case, int(times[0]), outcome.end_ns)),
         1 - len(in_time) / len(answered),
-        len(told) / len(times),
-        *([float(np.percentile(told, q)) for q in (50, 99)] if len(told) else (None, None)),
+        len(refusals) / len(times),
+        *([float(np.percentile(refusals, q)) for q in (50, 99)] if len(refusals) else (None, None)),
         jain=_jain(tenants, outcome, int(times[-1])) if len(tenants) else None,
         quiet_p99_ms=float(np.nanpercentile(latency[quiet], 99)) if case.quiet else None,
         quiet_refused=float((refused_ns[quiet] > 0).mean()) if case.quiet else None,

@@ -1,4 +1,4 @@
-"""The policies that are compared, by name, made afresh for each run."""
+"""The policies that are compared, by name, made new for each run."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ POLICIES: dict[str, Policy] = {
     "fixed 5 ms": Policy(window_ns=5 * MS),
     "duty 0.3": Policy(duty_target=0.3),
 }
-#: Groups of cases in which not all policies say something of their own.
+#: Groups of cases for which some policies would only repeat others.
 _APPLY = {
     "overload": (OURS, "fixed 2 ms", PLAIN, "bentoml", "clipper"),
     "goodput": (OURS, "fixed 2 ms", PLAIN, "bentoml", "clipper"),
@@ -32,7 +32,7 @@ _APPLY = {
 def rules(case: Case) -> dict[str, Callable[[], Rule]]:
     """What makes each policy of a case. The scheduler knows what a warm-up sweep would have measured."""
     engine = case.engine
-    # Else a flood takes every place in the queue, and the quiet tenant is refused.
+    # Otherwise a flood takes every place in the queue, and the quiet tenant is refused.
     per_tenant = 256 if case.group == "tenants" else None
     limits = QueueLimits(max_batch=engine.max_batch, tenant_max_waiting=per_tenant)
 

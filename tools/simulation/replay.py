@@ -14,7 +14,7 @@ _NEVER = 1 << 62
 
 
 class Rule(Protocol):
-    """What decides; `edge_runtime.core.scheduling.scheduler.Scheduler` is one."""
+    """A policy; `edge_runtime.core.scheduling.scheduler.Scheduler` is one."""
 
     def submit(
         self,
@@ -36,7 +36,7 @@ class Rule(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of each request, by its number; nanoseconds, 0 where it did not happen."""
+    """The fate of each request, by its number; nanoseconds, 0 for events that did not happen."""
 
     finished_ns: list[int]
     refused_ns: list[int]
@@ -47,7 +47,7 @@ class Outcome:
 
 
 def replay(rule: Rule, engine: Engine, arrivals: Arrivals, seed: int) -> Outcome:
-    """Let `rule` serve all arrivals; an end of a batch comes before an arrival at the same time."""
+    """Let `rule` serve all arrivals. At equal times, the end of a batch comes before an arrival."""
     rng = np.random.default_rng(seed)
     times, slack = arrivals.times_ns, arrivals.slack_ns
     tenants, priorities = arrivals.tenants, arrivals.priorities

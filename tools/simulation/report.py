@@ -1,4 +1,4 @@
-"""The measurements as Markdown, as figures to be reached, and as plots."""
+"""The measurements as Markdown tables, compared with the targets, and as plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +49,12 @@ def overload_table(rows: Sequence[Measured]) -> str:
         "|---" * 8 + "|",
     ]
     for row in rows:
-        told = "" if row.told_p50_ms is None else f"{_p(row.told_p50_ms)}/{_p(row.told_p99_ms or 0)}"
+        refusal = (
+            "" if row.refusal_p50_ms is None else f"{_p(row.refusal_p50_ms)}/{_p(row.refusal_p99_ms or 0)}"
+        )
         lines.append(
             f"| {row.case} | {row.policy} | {_percent(row.goodput)} | {_percent(row.late)} | {_percent(row.refused)} "
-            f"| {told} | {_p(row.p50_ms)}/{_p(row.p99_ms)} | {row.mean_batch:.1f} |"
+            f"| {refusal} | {_p(row.p50_ms)}/{_p(row.p99_ms)} | {row.mean_batch:.1f} |"
         )
     return "\n".join(lines)
 
@@ -122,7 +124,7 @@ def low_load_wins(rows: Sequence[Measured]) -> dict[str, float]:
 
 
 def figures(rows: Sequence[Measured]) -> str:
-    """The figures to be reached, each with what came of it."""
+    """The targets and the measured figures."""
     worst, worst_at = max(worst_against(rows, NONE), worst_against(rows, PLAIN))
     gain, gain_at = least_gain_in_bursts(rows)
     wins = low_load_wins(rows)

@@ -1,4 +1,4 @@
-"""Policies of others, written from their published descriptions, and the plainest one to check the loop by.
+"""Batching rules of other systems, reimplemented, and the simplest rule as a check of the loop.
 
 They serve one lane in order of arrival and know neither tenants nor priorities.
 """
@@ -66,12 +66,12 @@ class Natural:
 
 
 class Bento(Natural):
-    """BentoML's `CorkDispatcher` (marshal/dispatcher.py): hold on while that seems to cost less than usual.
+    """BentoML's `CorkDispatcher` (marshal/dispatcher.py): wait while that seems to cost less than usual.
 
     Of n waiting, the newest since `wn`, it waits on while n * (wn + tick + c) <= 0.95 of the mean wait of the last 50
     batches, looking once a millisecond, also while the engine runs; it takes the newest first, and gives up
-    the oldest when its wait with t(n) = c*n + a reaches the limit. Kinder than the original: it starts with
-    the true a and c in place of its training, and fits them anew every 50 batches, not every 5 s.
+    the oldest when its wait with t(n) = c*n + a reaches the limit. It is favoured over the original: it starts
+    with the true a and c instead of its training phase, and fits them again every 50 batches instead of every 5 s.
     """
 
     def __init__(self, engine: Engine, limit_ns: int) -> None:

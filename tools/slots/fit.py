@@ -45,7 +45,7 @@ class Recipe:
 
 
 class Trainer:
-    """A net in training with the running mean of its weights; saved and taken up again between epochs."""
+    """A net in training with the running mean of its weights; saved and resumed between epochs."""
 
     def __init__(self, net: SlotNet, rows: int, recipe: Recipe) -> None:
         """Train on `rows` true rows and as many made ones an epoch."""
@@ -131,7 +131,9 @@ class Trainer:
 
     def _average(self) -> None:
         done = self._schedule.last_epoch
-        kept = min(self.recipe.averaged, done / (done + 40))  # the first steps are not worth remembering
+        kept = min(
+            self.recipe.averaged, done / (done + 40)
+        )  # the first steps are averaged over a shorter time
         with torch.no_grad():
             for mean, fresh in zip(self.mean.parameters(), self.net.parameters(), strict=True):
                 mean.lerp_(fresh, 1.0 - kept)

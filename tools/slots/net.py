@@ -19,7 +19,7 @@ class Shape:
     width: int = 96
     levels: int = 7
     dilations: tuple[int, ...] = (1, 1, 2, 1)
-    context_after: int = 2  # convolutions before each word hears of the whole text
+    context_after: int = 2  # convolutions before each word gets the context of the whole text
 
 
 class SlotNet(nn.Module):

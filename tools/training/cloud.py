@@ -39,7 +39,7 @@ def train_cloud(
 ) -> Trained:
     """Train `members` encoders, or take the averaged weights of those `given`; pack them as one graph.
 
-    With `distil` the best of them learns what all say together, and is packed alone. A killed run goes on at the
+    With `distil` the best of them learns the mean answer of all, and is packed alone. A killed run continues at the
     member and epoch it was in. `source` is the folder of tokeniser and pretrained weights; without weights in it
     (tests) the encoder begins at random. Raises BadRows, EdgeRuntimeError.
     """

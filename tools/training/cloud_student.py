@@ -1,4 +1,4 @@
-"""One encoder that learns what several say together: it answers nearly as well, at the cost of one."""
+"""One encoder that learns the mean answer of several: nearly as accurate, at the cost of one."""
 
 import hashlib
 import sys
@@ -32,7 +32,7 @@ from tools.training.word_pieces import tokenised, tokenizer_of
 
 @dataclass(frozen=True)
 class Student:
-    """How to learn from members: `hard_share` of a true row's target is its label, the rest their answer.
+    """How to learn from members: `hard_share` is the label's part of a row's target, the rest is their answer.
 
     Each true row brings `recombined` made-up texts, whose target is the answer alone.
     """

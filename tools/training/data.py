@@ -37,12 +37,12 @@ class Data:
 
     @property
     def oos(self) -> int | None:
-        """The index of the label for what is out of scope."""
+        """The index of the out-of-scope label."""
         return self.names.index(OOS) if OOS in self.names else None
 
 
 def prepare(rows: Sequence[LabelledText], *, seed: int, where: str) -> Data:
-    """Split as the rows say, or at random by label. Raises BadRows where there is nothing to tell apart."""
+    """Split as the rows say, or at random by label. Raises BadRows if there are fewer than two labels."""
     names = tuple(sorted({row.label for row in rows}))
     if len(names) < 2:
         raise BadRows(f"{where} has one label only ({names[0]}); at least two are needed.")

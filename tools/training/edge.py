@@ -44,7 +44,7 @@ class Recipe:
     epochs: int = 30
     rate: float = 4e-3
     batch: int = 128
-    least_rows: int = 4000  # an epoch visits so many rows at least: small files are gone through more often
+    least_rows: int = 4000  # an epoch visits at least so many rows: small files are visited several times
     keep: float = 0.8
     dropout: float = 0.3
     smoothing: float = 0.1
@@ -74,7 +74,7 @@ class Trained:
     rows: list[Row]  # of the val texts, as the bundle encodes them
     curve: list[Epoch]
     recipe: dict[str, object]
-    teacher: str | None = None  # the digest or name of who was learned from
+    teacher: str | None = None  # the digest or name of the teacher
     max_batch: int = MAX_BATCH
 
 

@@ -32,7 +32,7 @@ class Recipe:
     rate: float = 1e-4
     head_factor: float = 20.0
     batch: int = 64
-    least_rows: int = 2500  # an epoch visits so many rows at least: small files are gone through more often
+    least_rows: int = 2500  # an epoch visits at least so many rows: small files are visited several times
     dropout: float = 0.1
     hidden_words: float = 0.1
     smoothing: float = 0.05
@@ -89,7 +89,7 @@ def fine_tune(
 ) -> tuple[Encoder, list[Epoch]]:
     """Train `net` where it stands; return one with its averaged weights, and the curve.
 
-    A killed run goes on from `work`/running-NAME.pt; what is returned is kept as `work`/NAME.pt, for the same `key`.
+    A killed run continues from `work`/running-NAME.pt. The result is kept as `work`/NAME.pt for the same `key`.
     """
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     running = Checkpoint(work / f"running-{name}.pt", digest)
@@ -188,7 +188,7 @@ def accuracy_of(net: Encoder, val: Sequence[list[int]], data: Data) -> float | N
 def logits_of(
     net: Encoder, ids: Sequence[list[int]], at: Callable[[int], None] | None = None
 ) -> NDArray[np.float32]:
-    """What the head says [n, width] without dropout; `at` hears how many are done."""
+    """The output of the head `[n, width]` without dropout; `at` is called with the number of texts done."""
     net.eval()
     device = net.words.weight.device
     order = np.argsort([len(x) for x in ids], kind="stable")

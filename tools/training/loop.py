@@ -1,7 +1,7 @@
-"""Epochs that survive being killed: after each one, everything that goes on is on disk.
+"""Epochs that survive a kill: after each epoch the whole state of the training is on disk.
 
-What is random in an epoch follows from the seed and the epoch's number alone, so a run that is taken up again at
-an epoch's start goes on as if it had never stopped.
+The randomness of an epoch depends only on the seed and the number of the epoch, so a resumed run gives the same result as
+one that never stopped.
 """
 
 import os
@@ -44,7 +44,7 @@ class Checkpoint:
             return None
         saved: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
         if saved.get("key") != self._key:
-            print(f"{self.path} is of other data or settings; beginning anew", file=sys.stderr)
+            print(f"{self.path} is of other data or settings; starting from the beginning", file=sys.stderr)
             return None
         return saved
 

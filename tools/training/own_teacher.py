@@ -1,4 +1,4 @@
-"""A teacher for those who have none: what the sentence encoder and an n-gram net of full precision say together."""
+"""A teacher where none is given: the sentence encoder and an n-gram net of full precision together."""
 
 import hashlib
 import sys
@@ -20,14 +20,14 @@ from tools.training.sentences import SentenceTeacher
 #: Unrounded, and shorter than where it stands alone: the pupil is what time is spent on.
 RECIPE = replace(ALONE, epochs=10, quantise_from=2.0)
 WEIGHTS = np.linspace(0.0, 1.0, 21)
-#: Val rows that tell the weight; more of them only cost time.
+#: Val rows that determine the weight; more of them only cost time.
 WEIGHED = 1000
 
 
 class OwnTeacher:
-    """Weighted mean of both log-probabilities; the weight is the one of least loss on the val rows.
+    """The weighted mean of both log-probabilities, with the weight of least loss on the val rows.
 
-    Meaning helps where rows are few; where they are many the letters alone know better, and the weight tells.
+    The encoder helps if rows are few; with many rows the n-gram net is better, and the weight follows.
     Raises EdgeRuntimeError where the sentence encoder is not installed.
     """
 

@@ -1,4 +1,4 @@
-"""What came of a training, as JSON and as a page with plots that needs nothing else."""
+"""The report of a training, as JSON and as a self-contained page with plots."""
 
 import html
 import io

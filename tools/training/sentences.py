@@ -30,7 +30,7 @@ _FOREIGN = 0.1
 
 
 def is_english(texts: Sequence[str]) -> bool:
-    """Whether the encoder can be expected to know the language, as far as its letters tell."""
+    """Whether the encoder may know the language, judged by the script."""
     letters = [c for text in texts for c in text if c.isalpha()]
     return bool(letters) and sum(not c.isascii() for c in letters) <= _FOREIGN * len(letters)
 

@@ -1,4 +1,4 @@
-"""A larger bundle's answers as something to learn from besides the labels."""
+"""The answers of a larger bundle as training targets in addition to the labels."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from tools.pack import bundle_logits, labels_of
 from tools.rows import BadRows, shortened
 from tools.training.progress import Progress
 
-#: Texts a file of the cache holds; a killed run loses at most so many.
+#: Texts per file of the cache; a killed run loses at most so many.
 CHUNK = 8192
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def cached(
 
 
 class Teacher(Protocol):
-    """Who knows the labels of texts; `digest` says which one it is."""
+    """A model that labels texts; `digest` identifies it."""
 
     digest: str
     credits: tuple[CreditEntry, ...]

@@ -1,4 +1,4 @@
-"""Texts as the cloud's encoder reads them: token ids, some hidden, padded in batches of like length."""
+"""Texts as the cloud's encoder reads them: token ids, some masked, in padded batches of similar length."""
 
 from collections.abc import Sequence
 from pathlib import Path
