@@ -28,7 +28,8 @@ from edge_runtime.core.protocol.topics import (
     worker_state_topic,
 )
 from edge_runtime.loading.model import Model
-from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
+from edge_runtime.mqtt.client import Broker
+from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost, Received
 from edge_runtime.mqtt.envelope import Message, pack, reads_zstd, unpack
 from edge_runtime.processing import Question
 from edge_runtime.serving.model_runner import ModelRunner, Served

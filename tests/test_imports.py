@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 #: Outside things and the one module each that may import them.
 OWNERS = {
-    "paho": "edge_runtime.mqtt.connection",
+    "paho": "edge_runtime.mqtt.paho_adapter",
     "onnxruntime": "edge_runtime.engines.onnx",
     "ai_edge_litert": "edge_runtime.engines.litert",
     "tflite_runtime": "edge_runtime.engines.litert",

@@ -29,6 +29,15 @@ class Message:
     user: tuple[tuple[str, str], ...] = ()
     retain: bool = False
 
+    @property
+    def packet_bytes(self) -> int:
+        """Upper bound of the bytes that the PUBLISH of this message takes at QoS 1 (MQTT v5, 3.3)."""
+        # Fixed header 5, topic length 2, packet id 2, length of the properties 4, payload format 2, expiry 5; each
+        # string or binary property has an identifier and a length of 2 before each of its texts.
+        user = sum([5 + len(key.encode()) + len(value.encode()) for key, value in self.user])
+        fixed = 26 + len(self.topic.encode()) + len(self.content_type) + len(self.correlation)
+        return fixed + user + len(self.payload)
+
 
 def pack(
     topic: str,

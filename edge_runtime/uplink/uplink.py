@@ -13,7 +13,8 @@ from edge_runtime.core.messages import InferReply, InferRequest, Reason
 from edge_runtime.core.protocol import oip
 from edge_runtime.core.protocol.mqtt_reasons import ReasonClass, classify, in_words
 from edge_runtime.core.protocol.topics import device_state_topic, reply_topic, request_topic
-from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Broker, Connection, LinkLost, Received
+from edge_runtime.mqtt.client import Broker
+from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost, Received
 from edge_runtime.mqtt.envelope import Message, pack, unpack
 from edge_runtime.typed_toml import read_secret
 

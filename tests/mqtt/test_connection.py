@@ -9,7 +9,8 @@ import uvloop
 
 from edge_runtime.core.backoff import Backoff
 from edge_runtime.core.errors import TooLarge
-from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Broker, Connection, LinkLost
+from edge_runtime.mqtt.client import Broker
+from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost
 from edge_runtime.mqtt.envelope import Message
 from tests.conftest import free_port
 from tests.uplink.test_escalation import Listener, run, until

@@ -15,7 +15,8 @@ from edge_runtime.config import CloudSettings, Config, ServerSettings, TrustSett
 from edge_runtime.core.messages import InferRequest, Origin, OutputRequest, Reason, Tensor
 from edge_runtime.engines.fake import FakeBatch
 from edge_runtime.loading.model import load_model
-from edge_runtime.mqtt.connection import Broker, Connection
+from edge_runtime.mqtt.client import Broker
+from edge_runtime.mqtt.connection import Connection
 from edge_runtime.mqtt.envelope import Message
 from edge_runtime.runtime import Runtime
 from edge_runtime.serving.model_runner import ModelRunner
