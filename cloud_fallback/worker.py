@@ -1,19 +1,25 @@
-"""The cloud worker: message -> request -> lane -> reply -> message, around the lanes the edge uses.
+"""The cloud worker: message -> request -> model runner -> reply -> message, with the runners that the edge uses.
 
-A request is acknowledged last, after its reply is confirmed by the broker: a worker that dies before
-leaves the request to be handed over again. A request that cannot be understood is answered and
-acknowledged too, or it would come back for ever.
+A request is acknowledged last, after the broker has confirmed its reply: if the worker dies before that, the broker
+redelivers the request. A request that cannot be understood is answered and acknowledged too, or it would be
+redelivered for ever.
+
+Interleavings that the code guards against:
+- A duplicate arrives while the original runs. It is acknowledged and not run; the original's reply answers both.
+- The connection is lost after a reply was computed. The request stays unacknowledged and is redelivered on the next
+  connection, where the kept reply answers it without a second run.
+- Draining: the broker redelivers and sends the rest of a burst as acknowledgements make room. Draining has ended only
+  when an UNSUBSCRIBE round trip has brought nothing new.
 """
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloud_fallback.config import CloudConfig, worker_id
+from cloud_fallback.duplicates import Duplicates, RequestKey, key_of
 from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, TooLarge, refusal
 from edge_runtime.core.messages import Answer, InferReply, InferRequest
 from edge_runtime.core.protocol import oip
@@ -28,24 +34,21 @@ from edge_runtime.core.protocol.topics import (
     worker_state_topic,
 )
 from edge_runtime.loading.model import Model
-from edge_runtime.mqtt.client import Broker
+from edge_runtime.mqtt.client import Broker, NewClient
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost, Received
 from edge_runtime.mqtt.envelope import Message, pack, reads_zstd, unpack
+from edge_runtime.mqtt.paho_adapter import PahoClient
 from edge_runtime.processing import Question
 from edge_runtime.serving.model_runner import ModelRunner, Served
 
 _log = logging.getLogger(__name__)
-_SESSION_EXPIRY_S = 60  # a worker that restarts within it gets what was handed to it and not acknowledged
-_REMEMBERED = 4096  # replies kept for duplicates: a minute at 64 requests per second
-
-
-#: Topic, request id and digest of the body: people repeat an id with another question.
-_Key = tuple[str, bytes, bytes]
+#: A worker that restarts within this time gets what was sent to it and not acknowledged.
+_SESSION_EXPIRY_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model and its lane."""
+    """A model and its runner."""
 
     model: Model
     lane: ModelRunner
@@ -54,12 +57,18 @@ class Loaded:
 class Worker:
     """Serves requests of all devices until `drain`."""
 
-    def __init__(self, config: CloudConfig, password: str, models: Mapping[str, Loaded]) -> None:
+    def __init__(
+        self,
+        config: CloudConfig,
+        password: str,
+        models: Mapping[str, Loaded],
+        *,
+        new_client: NewClient = PahoClient,
+    ) -> None:
         self._config = config
         self._models = models
         self._tasks: set[asyncio.Task[None]] = set()
-        # the same question -> its reply, or None while it is being computed
-        self._replies: OrderedDict[_Key, Message | None] = OrderedDict()
+        self._duplicates = Duplicates()
         self.connection = Connection(
             Broker(
                 config.broker,
@@ -75,18 +84,19 @@ class Worker:
             on_message=self._on_message,
             session_expiry_s=_SESSION_EXPIRY_S,
             max_in_flight=config.max_in_flight,
+            new_client=new_client,
         )
 
     async def drain(self) -> None:
         """Take no new requests; answer and acknowledge those taken; disconnect.
 
-        The broker hands over the rest of a burst as acknowledgements make room, so the end is when a
-        round trip to it brings nothing new.
+        See the module's text for when that is done.
         """
-        until = time.monotonic() + self._config.requests.drain_s
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self._config.requests.drain_s
         while True:
             await self.connection.unsubscribe()
-            remaining_s = until - time.monotonic()
+            remaining_s = until_s - loop.time()
             if not self._tasks or remaining_s <= 0:
                 break
             await asyncio.wait(self._tasks, timeout=remaining_s)
@@ -108,24 +118,25 @@ class Worker:
             _log.warning("event=foreign_topic")
             self.connection.acknowledge(received)
             return
-        key = (message.topic, message.correlation, hashlib.blake2b(message.payload, digest_size=16).digest())
-        reply = self._replies.get(key) if message.correlation else None
-        if reply is None and message.correlation:
-            if key in self._replies:  # a duplicate of what runs right now: its reply is on the way
-                self.connection.acknowledge(received)
-                return
-            self._remember(key, None)
+        key = key_of(message)
+        if self._duplicates.is_running(key):
+            self.connection.acknowledge(received)
+            return
+        reply = self._duplicates.reply_to(key)
         if reply is None:
-            try:
-                reply, is_final = await self._reply(message, topic, reply_topic_for(topic))
-            except BaseException:
-                self._replies.pop(key, None)
-                raise
-            if message.correlation and is_final:
-                self._remember(key, reply)
-            else:  # the same question may fare better next time
-                self._replies.pop(key, None)
+            reply = await self._run(message, topic, key)
         await self._send(reply, received)
+
+    async def _run(self, message: Message, topic: RequestTopic, key: RequestKey | None) -> Message:
+        """The reply of a request that is not known yet."""
+        self._duplicates.begin(key)
+        final = None
+        try:
+            reply, is_final = await self._reply(message, topic, reply_topic_for(topic))
+            final = reply if is_final else None
+        finally:
+            self._duplicates.end(key, final)
+        return reply
 
     async def _send(self, reply: Message, received: Received) -> None:
         try:
@@ -136,7 +147,7 @@ class Worker:
                 reply = pack(reply.topic, small, None, correlation=reply.correlation, expiry_s=None)
                 code = await self.connection.publish(reply)
         except LinkLost:
-            return  # unacknowledged: the broker hands it over again, and the reply is remembered
+            return  # unacknowledged: the broker redelivers it, and the reply is kept
         if classify(code) is not ReasonClass.OK and code != NO_SUBSCRIBERS:
             _log.warning("event=reply_refused topic=%s why=%r", reply.topic, in_words(code))
         self.connection.acknowledge(received)
@@ -159,9 +170,9 @@ class Worker:
             body = oip.encode_error(str(error), reason=oip.INVALID)
         except EdgeRuntimeError as error:
             body = oip.encode_error(str(error))
-        except Exception:  # noqa: BLE001 - a defect of ours must not end the connection; it is logged
+        except Exception:  # noqa: BLE001 - a defect of ours ends this request, not the worker; it is logged
             _log.exception("event=request_failed")
-            body = oip.encode_error("Internal error; the worker's log tells more.")
+            body = oip.encode_error("Internal error; the worker's log has the details.")
         reply = pack(
             topic,
             body,
@@ -190,12 +201,6 @@ class Worker:
             request,
             {"origin": "cloud", "total_us": total_us},
         )
-
-    def _remember(self, key: _Key, reply: Message | None) -> None:
-        self._replies[key] = reply
-        self._replies.move_to_end(key)
-        while len(self._replies) > _REMEMBERED:
-            self._replies.popitem(last=False)
 
 
 async def _all_rows(

@@ -65,7 +65,7 @@ class _Link:
         max_in_flight: int,
         on_up: Callable[["_Link"], None],
         on_received: Callable[["_Link", Received], None],
-        on_over: Callable[["_Link", str], None],
+        on_over: Callable[[str], None],
     ) -> None:
         self.epoch = epoch
         self.client: Client | None = None
@@ -131,11 +131,11 @@ class _Link:
         self.on_lost(reason)
 
     def on_lost(self, reason: str) -> None:
-        """Note that the connection is over. What is reported first is the cause, the rest follows from it."""
+        """Note that the connection is over. What is reported first is the cause, the rest follows from it and is ignored."""
         self.is_up = False
         if not self.lost.is_set():
             self.lost.set()
-            self._on_over(self, reason)
+            self._on_over(reason)
 
     def _come_up(self) -> None:
         self.is_up = True
@@ -355,10 +355,9 @@ class Connection:
         elif link is self._link:
             self._on_message(received)
 
-    def _on_over(self, link: _Link, reason: str) -> None:
-        if link is self._link:
-            self._up.clear()
-            self.last_error = reason
+    def _on_over(self, reason: str) -> None:
+        self._up.clear()
+        self.last_error = reason
 
     def _drop(self, reason: str) -> None:
         """Forget the connection; everybody that waits for it learns so."""

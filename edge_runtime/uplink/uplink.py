@@ -1,8 +1,21 @@
-"""The edge's side of escalation: ask over MQTT, match replies, know when asking is pointless."""
+"""The edge's side of escalation: ask over MQTT, match replies to requests, know when asking is pointless.
+
+Only an application reply ends a request; the broker's PUBACK proves nothing but that nobody listens (0x10).
+
+Interleavings that the code guards against:
+- The reply arrives before the PUBACK of its request. Its future is registered before the PUBLISH and awaited after
+  the PUBACK, so the reply waits in it.
+- A caller is cancelled or times out and its reply comes later. The id is no longer registered: the reply is counted
+  as unknown and nobody gets it. The same holds for a duplicate of a reply.
+- The connection is lost while a reply is awaited. Every registered future fails, so that callers fall back at once
+  instead of at their deadline. A caller whose publish failed itself never looks at its future, which is marked as seen.
+- A caller that holds the breaker's only probe is cancelled. The permit is abandoned, so that the next caller probes.
+"""
 
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from edge_runtime.core.errors import InvalidRequest, RefusalKind
@@ -13,9 +26,10 @@ from edge_runtime.core.messages import InferReply, InferRequest, Reason
 from edge_runtime.core.protocol import oip
 from edge_runtime.core.protocol.mqtt_reasons import ReasonClass, classify, in_words
 from edge_runtime.core.protocol.topics import device_state_topic, reply_topic, request_topic
-from edge_runtime.mqtt.client import Broker
+from edge_runtime.mqtt.client import Broker, NewClient
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost, Received
 from edge_runtime.mqtt.envelope import Message, pack, unpack
+from edge_runtime.mqtt.paho_adapter import PahoClient
 from edge_runtime.typed_toml import read_secret
 
 
@@ -55,11 +69,20 @@ _REFUSED = frozenset(kind.value for kind in RefusalKind)
 class Uplink:
     """Asks the cloud tier for one device of one tenant."""
 
-    def __init__(self, settings: CloudSettings, *, device: str, breaker: Breaker | None = None) -> None:
-        """Raises ConfigError where the password file cannot be read."""
+    def __init__(
+        self,
+        settings: CloudSettings,
+        *,
+        device: str,
+        breaker: Breaker | None = None,
+        new_client: NewClient = PahoClient,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """`clock_ns` is the clock of deadlines. Raises ConfigError where the password file cannot be read."""
+        self._clock_ns = clock_ns
         self._tenant = settings.tenant
         self._device = device
-        self._breaker = breaker or Breaker()
+        self.breaker = breaker or Breaker()
         self._roundtrip = RoundTrip()
         self._open: dict[bytes, asyncio.Future[Message]] = {}
         self._broker = settings.broker
@@ -78,6 +101,7 @@ class Uplink:
             state_topic=device_state_topic(settings.tenant, device),
             on_message=self._on_message,
             on_lost=self._on_lost,
+            new_client=new_client,
         )
 
     async def start(self) -> None:
@@ -89,37 +113,37 @@ class Uplink:
         return await self._connection.wait_connected(timeout_s)
 
     async def close(self) -> None:
-        """Disconnect. Whoever still waits is told that the link is down."""
+        """Disconnect. Callers that still wait fall back with the reason link_down."""
         await self._connection.close()
         self._on_lost()  # also where there never was a connection
 
     def link_state(self) -> LinkState:
         """What the decision needs to know, now."""
-        now_ns = time.monotonic_ns()
-        is_open = self._breaker.state(now_ns) is BreakerState.OPEN
+        now_ns = self._clock_ns()
+        is_open = self.breaker.state(now_ns) is BreakerState.OPEN
         return LinkState(self._connection.is_connected, is_open, self._roundtrip.p95_ns(now_ns))
 
     def status(self) -> dict[str, object]:
         """For `edge-runtime status`."""
-        now_ns = time.monotonic_ns()
+        now_ns = self._clock_ns()
         return {
             "broker": self._broker,
             "connected": self._connection.is_connected,
             "why_not": self._connection.last_error or None,
-            "breaker": self._breaker.state(now_ns).value,
+            "breaker": self.breaker.state(now_ns).value,
             "reply_p95_ms": round(self._roundtrip.p95_ns(now_ns) / 1e6, 1),
             **self.counters,
         }
 
     async def ask(self, model: str, request: InferRequest, *, deadline_ns: int) -> InferReply:
-        """Ask for an answer until `deadline_ns` (`time.monotonic_ns`). Raises CloudUnavailable.
+        """Ask for an answer until `deadline_ns`, by default of `time.monotonic_ns`. Raises CloudUnavailable.
 
-        Cancelling the caller forgets this question alone.
+        Cancelling the caller ends this request alone.
         """
-        asked_ns = time.monotonic_ns()
+        asked_ns = self._clock_ns()
         if not self._connection.is_connected:
             raise CloudUnavailable(Reason.LINK_DOWN, "There is no connection to the broker.")
-        permit = self._breaker.permit(asked_ns)
+        permit = self.breaker.permit(asked_ns)
         if permit is None:
             raise CloudUnavailable(Reason.CLOUD_OPEN, "The cloud failed repeatedly and is given a rest.")
         try:
@@ -127,16 +151,16 @@ class Uplink:
         except CloudUnavailable as failure:
             match failure.peer:
                 case Peer.FAULTY:
-                    self._breaker.failed(permit, time.monotonic_ns())
+                    self.breaker.failed(permit, self._clock_ns())
                 case Peer.ALIVE:
-                    self._breaker.succeeded(permit, time.monotonic_ns())
+                    self.breaker.succeeded(permit, self._clock_ns())
                 case Peer.UNKNOWN:
-                    self._breaker.abandoned(permit)
+                    self.breaker.abandoned(permit)
             raise
         except BaseException:
-            self._breaker.abandoned(permit)
+            self.breaker.abandoned(permit)
             raise
-        self._breaker.succeeded(permit, time.monotonic_ns())
+        self.breaker.succeeded(permit, self._clock_ns())
         self.counters["answered"] += 1
         return reply
 
@@ -188,7 +212,7 @@ class Uplink:
             self._open.pop(request_id, None)
             if waiting.done() and not waiting.cancelled():
                 waiting.exception()  # mark as seen
-        self._roundtrip.observe(time.monotonic_ns(), time.monotonic_ns() - asked_ns)
+        self._roundtrip.observe(self._clock_ns(), self._clock_ns() - asked_ns)
         return self._read(answer, model)
 
     def _read(self, message: Message, model: str) -> InferReply:
@@ -217,13 +241,13 @@ class Uplink:
             self.counters["refused"] += 1
             raise CloudUnavailable(Reason.CLOUD_REFUSED, text, Peer.ALIVE)
         self.counters["failed"] += 1
-        # What it calls invalid is a fault of this side: both ends disagree about the model.
+        # A request that the worker calls invalid is no fault of the worker: both ends disagree about the model.
         raise CloudUnavailable(
             Reason.CLOUD_FAILED, text, Peer.ALIVE if reason == oip.INVALID else Peer.FAULTY
         )
 
     def _on_lost(self) -> None:
-        """Replies to what was asked on this connection will not come: their callers fall back now."""
+        """No reply can come for what was asked on this connection: its callers fall back now."""
         for waiting in self._open.values():
             if not waiting.done():
                 waiting.set_exception(LinkLost("The connection to the broker was lost."))

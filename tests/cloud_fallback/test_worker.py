@@ -1,240 +1,269 @@
-"""The cloud worker with a real broker and a fake engine: duplicates, floods, hostile packets, draining."""
+"""The worker in virtual time: acknowledgements, duplicates, draining, in every order. No socket, no model, no waiting."""
 
 import asyncio
-import json
-import threading
-from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cloud_fallback.config import CloudConfig, WorkerBatchSettings
-from cloud_fallback.daemon import load_models
+from cloud_fallback.config import CloudConfig
 from cloud_fallback.worker import Loaded, Worker
-from edge_runtime.core.scheduling.scheduler import QueueLimits
-from edge_runtime.engines import run_rows
-from edge_runtime.engines.fake import FakeEngine
-from edge_runtime.loading.model import load_model
-from edge_runtime.mqtt.connection import NO_SUBSCRIBERS
+from edge_runtime.core.errors import RefusalKind, refusal
+from edge_runtime.core.messages import Answer, InferRequest, Signature, Tensor, TensorSpec
+from edge_runtime.core.protocol import oip
+from edge_runtime.mqtt.client import Broker, ConnectOptions
 from edge_runtime.mqtt.envelope import Message, unpack
-from edge_runtime.serving.model_runner import ModelRunner
-from edge_runtime.settings import TrustSettings
-from tests.uplink.test_escalation import TOPIC, Listener, run, until
+from edge_runtime.mqtt.fake import FakeBroker
+from edge_runtime.processing.tensors import Tensors
+from edge_runtime.serving.model_runner import Served
+from tests.virtual_time import run_virtual, settle
 
-REPLIES = "er/v1/home/me/rsp"
-
-
-def body(*texts, **parameters):
-    tensor = {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": list(texts)}
-    return json.dumps({"inputs": [tensor], "parameters": parameters}).encode()
-
-
-def ask(text, correlation=b"c" * 16, **more):
-    return Message(TOPIC, body(text), correlation=correlation, **more)
+REQ, RSP = "er/v1/home/d1/req/echo", "er/v1/home/d1/rsp"
+SPEC = TensorSpec("x", "FP32", (-1, 2))
+SIGNATURE = Signature((SPEC,), (TensorSpec("y", "FP32", (-1, 2)),))
+BODY = oip.encode_request(InferRequest((Tensor("x", "FP32", (1, 2), np.float32([[1, 2]])),)))[0]
 
 
-def told(message):
-    plain, _ = unpack(message)
-    return json.loads(plain)
+def request(number, body=BODY, **more):
+    return Message(REQ, body, correlation=bytes([number]) * 16, **more)
 
 
-class Cloud:
-    """A worker whose engine is the edge's own model, slowed by `gate` where a test wants it."""
+class Runner:
+    """A model runner that answers when `gate` is open, and counts."""
 
-    def __init__(self, broker, *, gate=None, queue=1024, **settings):
-        self.model = load_model("commands")
-        self.engine = FakeEngine(
-            lambda row: run_rows(self.model.engine, [row])[0], gate=gate, max_batch=8, dtypes=[np.int32]
+    def __init__(self):
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.runs, self.error = 0, None
+
+    async def run_rows(self, rows, **_):
+        self.runs += 1
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return [Served(Answer(row, None), 0, 0, 1) for row in rows]
+
+
+class Rig:
+    """A worker, and a device that keeps what it hears."""
+
+    def __init__(self, **config):
+        self.server = FakeBroker()
+        self.runner = Runner()
+        processor = Tensors(SIGNATURE, version="1")
+        model = SimpleNamespace(
+            name="echo", version="1", processor=processor, info=SimpleNamespace(signature=SIGNATURE)
         )
-        self.lane = ModelRunner(
-            "commands", self.model.processor, self.engine, QueueLimits(8, queue), is_inline=gate is None
+        settings = CloudConfig(broker="mqtt://nowhere", worker="w1", models=("echo",), **config)
+        self.worker = Worker(
+            settings, "", {"echo": Loaded(model, self.runner)}, new_client=self.server.new_client
         )
-        config = CloudConfig(broker=broker.url, worker="w1", models=("commands",), **settings)
-        self.worker = Worker(config, "", {"commands": Loaded(self.model, self.lane)})
+        self.heard = []
+        self.device = self.server.new_client(Broker("", "d"), ConnectOptions("d", 0, True, 9, 30, 5.0), self)
+
+    def on_message(self, message, packet_id, qos):
+        self.heard.append(message)
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    @property
+    def clients(self):
+        """The worker's connections, oldest first."""
+        return self.server.clients[1:]
+
+    @property
+    def client(self):
+        return self.clients[-1]
 
     async def __aenter__(self):
+        await self.device.open()
+        self.device.subscribe([RSP])
         self.worker.connection.start()
-        assert await self.worker.connection.wait_connected(10)
+        assert await self.worker.connection.wait_connected(1)
         return self
 
     async def __aexit__(self, *_):
+        self.runner.gate.set()
         await self.worker.drain()
-        await self.lane.close()
 
 
-def test_one_id_with_two_questions_gets_two_answers(broker):
-    """A person repeats the example of the documentation with another text."""
+def in_rig(scenario, **config):
+    async def limited():
+        async with Rig(**config) as rig:
+            await scenario(rig)
 
-    async def scenario():
-        async with Cloud(broker), Listener(broker, REPLIES) as client:
-            answers = []
-            for text in ("turn the lights off", "what is the weather like"):
-                await client.connection.publish(ask(text))
-                answers.append(told(await client.heard.get())["outputs"][0]["data"][0])
-            assert answers[0] != answers[1]
-
-    run(scenario)
+    run_virtual(limited)
 
 
-def test_a_refusal_is_not_remembered(broker):
-    async def scenario():
-        gate = threading.Event()
-        async with Cloud(broker, gate=gate, queue=1) as cloud, Listener(broker, REPLIES) as client:
-            await client.connection.publish(ask("one", b"1" * 16))  # runs, held by the gate
-            await asyncio.to_thread(cloud.engine.entered.wait)
-            await client.connection.publish(ask("two", b"2" * 16))  # waits: the queue is full
-            await until(lambda: cloud.lane.waiting == 1)
-            await client.connection.publish(ask("three", b"3" * 16))
-            refused = await client.heard.get()
-            assert refused.correlation == b"3" * 16
-            assert told(refused)["reason"] == "full"
-            assert told(refused)["retry_after_ms"] > 0
-            gate.set()
-            assert {(await client.heard.get()).correlation for _ in range(2)} == {b"1" * 16, b"2" * 16}
-            await client.connection.publish(ask("three", b"3" * 16))
-            assert "outputs" in told(await client.heard.get())
-
-    run(scenario)
+def told(message):
+    return oip.decode_error(unpack(message)[0])
 
 
-def test_draining_answers_also_what_the_broker_holds_back(broker):
-    """mosquitto hands over 20 at a time; the rest of a burst follows while the worker drains."""
+def test_a_request_is_answered_where_its_sender_listens():
+    async def scenario(rig):
+        rig.device.publish(request(1))
+        await settle()
+        (reply,) = rig.heard
+        assert (reply.topic, reply.correlation) == (RSP, bytes([1]) * 16)
+        answer = oip.decode_reply(*unpack(reply))
+        assert answer.outputs[0].data.tolist() == [[1.0, 2.0]]
+        assert answer.parameters["origin"] == "cloud"
 
-    async def scenario():
-        gate = threading.Event()
-        async with Listener(broker, REPLIES) as client:
-            async with Cloud(broker, gate=gate) as cloud:
-                ids = [i.to_bytes(16, "big") for i in range(1, 101)]
-                await asyncio.gather(*(client.connection.publish(ask(f"text {i!r}", i)) for i in ids))
-                await asyncio.to_thread(cloud.engine.entered.wait)
-                drained = asyncio.create_task(cloud.worker.drain())
-                gate.set()
-                await drained
-            answered = {(await client.heard.get()).correlation for _ in ids}
-            assert answered == set(ids)
-
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_after_a_drain_nobody_listens_any_more(broker):
-    async def scenario():
-        async with Listener(broker, REPLIES) as client:
-            async with Cloud(broker):
-                pass
-            assert await client.connection.publish(ask("anyone?")) == NO_SUBSCRIBERS
+def test_a_request_is_acknowledged_after_its_reply_is_confirmed():
+    async def scenario(rig):
+        rig.runner.gate.clear()
+        rig.device.publish(request(1))
+        await settle()
+        assert rig.client.acknowledged == []
+        rig.server.confirms = False
+        rig.runner.gate.set()
+        await settle()
+        assert (len(rig.heard), rig.client.acknowledged) == (1, [])
+        rig.server.confirms = True
+        for packet_id in list(rig.client.withheld):
+            rig.client.confirm(packet_id)
+        await settle()
+        assert rig.client.acknowledged == [1]
 
-    run(scenario)
-
-
-@pytest.mark.parametrize("user", [(("\ufeff", "x"),), (("x", "\ufeff"),)])
-def test_a_packet_the_codec_refuses_does_not_come_back_for_ever(broker, user):
-    """The broker accepts U+FEFF in a property and paho does not: with a kept session each connection met it again."""
-
-    async def scenario():
-        async with Cloud(broker) as cloud, Listener(broker, REPLIES) as client:
-            await client.connection.publish(ask("poison", b"p" * 16, user=user))
-            connects = cloud.worker.connection.connects
-            await until(lambda: cloud.worker.connection.connects > connects)
-            await client.connection.publish(ask("turn the lights off", b"g" * 16))
-            assert (await client.heard.get()).correlation == b"g" * 16
-            assert cloud.worker.connection.connects == connects + 1
-
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_a_retained_request_never_runs_not_even_live(broker):
-    async def scenario():
-        async with Cloud(broker) as cloud, Listener(broker, REPLIES) as client:
-            await client.connection.publish(ask("planted", b"r" * 16, retain=True))
-            await client.connection.publish(ask("turn the lights off", b"g" * 16))
-            assert (await client.heard.get()).correlation == b"g" * 16
-            assert cloud.lane.statistics.executions == 1
+def test_a_duplicate_is_answered_from_memory():
+    async def scenario(rig):
+        for _ in range(3):
+            rig.device.publish(request(1))
+            await settle()
+        assert rig.runner.runs == 1
+        assert len({reply.payload for reply in rig.heard}) == 1
+        assert len(rig.heard) == len(rig.client.acknowledged) == 3
 
-    run(scenario)
-
-
-def test_replies_are_compressed_only_for_who_can_read_it(broker):
-    async def scenario():
-        async with Cloud(broker), Listener(broker, REPLIES) as client:
-            many = Message(TOPIC, body(*["turn the lights off"] * 40))
-            await client.connection.publish(many)
-            plain = await client.heard.get()
-            assert len(json.loads(plain.payload)["outputs"][0]["data"]) == 40
-            accepting = Message(TOPIC, many.payload, user=(("Accept-Encoding", "zstd"),))
-            await client.connection.publish(accepting)
-            packed = await client.heard.get()
-            assert ("Content-Encoding", "zstd") in packed.user
-            assert len(packed.payload) < len(plain.payload)
-
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_a_reply_above_the_brokers_limit_becomes_an_error(broker):
-    broker.restart("max_packet_size 4096")
+def test_a_duplicate_of_what_runs_is_not_run_again():
+    async def scenario(rig):
+        rig.runner.gate.clear()
+        rig.device.publish(request(1))
+        rig.device.publish(request(1))
+        await settle()
+        rig.runner.gate.set()
+        await settle()
+        assert (rig.runner.runs, len(rig.heard)) == (1, 1)
 
-    async def scenario():
-        async with Cloud(broker), Listener(broker, REPLIES) as client:
-            await client.connection.publish(Message(TOPIC, body(*["a"] * 200), correlation=b"b" * 16))
-            reply = await client.heard.get()
-            assert reply.correlation == b"b" * 16
-            assert "error" in told(reply)
-            await client.connection.publish(ask("turn the lights off", b"g" * 16))
-            assert "outputs" in told(await client.heard.get())
-
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_what_came_too_late_is_refused_as_late(broker):
-    async def scenario():
-        async with Cloud(broker) as cloud, Listener(broker, REPLIES) as client:
-            await client.connection.publish(Message(TOPIC, body("hi", deadline_ms=0)))
-            assert told(await client.heard.get())["reason"] == "late"
-            assert cloud.lane.statistics.executions == 0
+def test_one_id_with_another_body_is_another_request():
+    async def scenario(rig):
+        other = oip.encode_request(InferRequest((Tensor("x", "FP32", (1, 2), np.float32([[3, 4]])),)))[0]
+        rig.device.publish(request(1))
+        rig.device.publish(request(1, other))
+        await settle()
+        assert {oip.decode_reply(*unpack(m)).outputs[0].data.tolist()[0][0] for m in rig.heard} == {1.0, 3.0}
 
-    run(scenario)
-
-
-def test_a_response_topic_changes_nothing(broker):
-    """Answers go where the requester may read, whatever it asks for."""
-
-    async def scenario():
-        async with Cloud(broker), Listener(broker, REPLIES, "er/v1/home/victim/rsp") as client:
-            process = await asyncio.create_subprocess_exec(
-                *("mosquitto_pub", "-V", "5", "-p", str(broker.port), "-t", TOPIC, "-m", body("hi").decode()),
-                *("-D", "PUBLISH", "response-topic", "er/v1/home/victim/rsp"),
-            )
-            assert await process.wait() == 0
-            assert (await client.heard.get()).topic == REPLIES
-            assert client.heard.empty()
-
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_two_workers_with_one_id_are_told_so(broker):
-    async def scenario():
-        async with Cloud(broker) as first, Cloud(broker) as second:
-            await until(
-                lambda: any("same client id" in c.worker.connection.last_error for c in (first, second))
-            )
+def test_without_an_id_every_request_is_new():
+    async def scenario(rig):
+        for _ in range(2):
+            rig.device.publish(Message(REQ, BODY))
+        await settle()
+        assert (rig.runner.runs, len(rig.heard)) == (2, 2)
 
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_a_worker_with_two_instances_serves_tenants_and_priorities_on_both():
-    async def scenario():
-        async with AsyncExitStack() as stack:
-            config = CloudConfig(
-                models=("commands",),
-                instances=2,
-                depth=2,
-                batch=WorkerBatchSettings(window="off"),
-                trust=TrustSettings(record="off"),
-            )
-            lane = (await load_models(config, stack))["commands"].lane
-            rows = [lane.run(b"turn the lights off", tenant="ab"[i % 2], priority=i % 3) for i in range(64)]
-            answers = await asyncio.gather(*rows)
-            assert {answer.values[0] for answer in answers} == {b"smart_home"}
-            assert len(lane._supervisor._slots) == 2
-            assert lane.statistics.executions >= 2
+@pytest.mark.parametrize("error", [refusal(RefusalKind.FULL, 5_000_000), RuntimeError("a defect")])
+def test_what_may_fare_better_next_time_is_not_kept(error):
+    async def scenario(rig):
+        rig.runner.error = error
+        rig.device.publish(request(1))
+        await settle()
+        text, fields = told(rig.heard[0])
+        assert fields.get("reason") == ("full" if "full" in str(error) else None)
+        assert "defect" not in text
+        rig.runner.error = None
+        rig.device.publish(request(1))
+        await settle()
+        assert "outputs" in rig.heard[1].payload.decode()
+        assert rig.runner.runs == 2
 
-    run(scenario)
+    in_rig(scenario)
+
+
+def test_a_topic_that_is_no_request_is_acknowledged_and_not_run():
+    async def scenario(rig):
+        rig.client.deliver(Message("er/v1/home/d1/req/a..b", BODY))
+        await settle()
+        assert (rig.client.acknowledged, rig.heard, rig.runner.runs) == ([1], [], 0)
+
+    in_rig(scenario)
+
+
+def test_a_lost_connection_leaves_the_request_unacknowledged_and_the_reply_kept():
+    async def scenario(rig):
+        rig.runner.gate.clear()
+        rig.device.publish(request(1))
+        await settle()
+        rig.client.lose()
+        await settle()
+        rig.runner.gate.set()
+        await settle()
+        assert await rig.worker.connection.wait_connected(30)
+        assert [client.acknowledged for client in rig.clients] == [[], []]
+        rig.device.publish(request(1))
+        await settle()
+        assert (rig.runner.runs, len(rig.heard)) == (1, 1)
+
+    in_rig(scenario)
+
+
+def test_draining_waits_for_what_runs():
+    async def scenario(rig):
+        rig.runner.gate.clear()
+        for number in range(1, 6):
+            rig.device.publish(request(number))
+        await settle()
+        draining = asyncio.create_task(rig.worker.drain())
+        await asyncio.sleep(3)
+        assert not draining.done()
+        rig.runner.gate.set()
+        await draining
+        assert {reply.correlation[0] for reply in rig.heard} == {1, 2, 3, 4, 5}
+        assert rig.client.is_disconnected
+
+    in_rig(scenario)
+
+
+def test_draining_takes_what_the_broker_still_sends():
+    async def scenario(rig):
+        rig.runner.gate.clear()
+        rig.device.publish(request(1))
+        await settle()
+        draining = asyncio.create_task(rig.worker.drain())
+        await settle()
+        rig.client.deliver(request(2))
+        await settle()
+        rig.runner.gate.set()
+        await draining
+        assert {reply.correlation[0] for reply in rig.heard} == {1, 2}
+
+    in_rig(scenario)
+
+
+def test_draining_ends_in_time_whatever_runs():
+    async def scenario(rig):
+        rig.runner.gate.clear()
+        rig.device.publish(request(1))
+        await settle()
+        began_s = asyncio.get_running_loop().time()
+        await rig.worker.drain()
+        assert asyncio.get_running_loop().time() - began_s == pytest.approx(4.0, abs=0.1)
+        assert not rig.worker._tasks
+
+    in_rig(scenario, drain_s=4.0)

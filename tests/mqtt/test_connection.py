@@ -1,214 +1,442 @@
-"""The connection to the broker: limits, words for failures, clean ends, both event loops."""
+"""Staying connected, by a scripted broker in virtual time: windows, epochs, reasons, back-off. No socket, no waiting."""
 
 import asyncio
-import gc
 
 import pytest
-import trustme
-import uvloop
 
 from edge_runtime.core.backoff import Backoff
 from edge_runtime.core.errors import TooLarge
 from edge_runtime.mqtt.client import Broker
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost
 from edge_runtime.mqtt.envelope import Message
-from tests.conftest import free_port
-from tests.uplink.test_escalation import Listener, run, until
+from edge_runtime.mqtt.fake import FakeBroker
+from tests.virtual_time import run_virtual, settle
 
 STATE = "er/v1/home/c/state"
+RSP = "er/v1/home/c/rsp"
 
 
-def connection(url, on_message=lambda received: None, **more):
-    return Connection(
-        Broker(url, "c"),
-        subscriptions=("er/v1/home/c/rsp",),
-        state_topic=STATE,
-        on_message=on_message,
-        backoff=Backoff(base_s=0.02, cap_s=0.1),
-        **more,
-    )
+class Rig:
+    """A connection to a scripted broker, up when the block begins."""
 
-
-def said(broker, topic):
-    """What is retained on a topic, read by a stock client."""
-
-    async def read():
-        process = await asyncio.create_subprocess_exec(
-            *("mosquitto_sub", "-V", "5", "-p", str(broker.port), "-t", topic, "-C", "1", "-W", "5"),
-            stdout=asyncio.subprocess.PIPE,
+    def __init__(self, *, wait=True, draw=lambda: 0.5, **options):
+        self.server = FakeBroker(
+            receive_maximum=options.pop("receive_maximum", None),
+            max_packet_bytes=options.pop("max_packet_bytes", None),
         )
-        out, _ = await process.communicate()
-        return out.strip()
-
-    return read()
-
-
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_publishes_receives_and_says_goodbye_on_both_loops(broker, new_loop):
-    async def scenario():
-        got = asyncio.Queue()
-        link = connection(broker.url, got.put_nowait)
-        link.start()
-        assert await link.wait_connected(10)
-        assert await said(broker, STATE) == b"online"
-        assert await link.publish(Message("er/v1/home/c/rsp", b"x" * 50_000)) == 0
-        received = await got.get()
-        assert received.message.payload == b"x" * 50_000
-        link.acknowledge(received)
-        assert await link.publish(Message("er/v1/home/nobody/rsp", b"x")) == NO_SUBSCRIBERS
-        await link.close()
-        assert await said(broker, STATE) == b"offline"
-        async with Listener(broker) as other:  # a session kept behind would still count as a subscriber
-            assert await other.connection.publish(Message("er/v1/home/c/rsp", b"x")) == NO_SUBSCRIBERS
-
-    async def limited():
-        async with asyncio.timeout(30):
-            await scenario()
-
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(limited())
-
-
-def test_a_packet_above_the_brokers_limit_never_leaves(broker):
-    broker.restart("max_packet_size 2000")
-
-    async def scenario():
-        link = connection(broker.url)
-        link.start()
-        assert await link.wait_connected(10)
-        with pytest.raises(TooLarge):
-            await link.publish(Message("er/v1/home/x/rsp", b"x" * 1990))
-        assert await link.publish(Message("er/v1/home/x/rsp", b"x" * 1900)) == NO_SUBSCRIBERS
-        assert link.connects == 1
-        await link.close()
-
-    run(scenario)
-
-
-def test_every_publish_of_a_burst_is_confirmed_with_a_window_of_one(broker):
-    broker.restart("max_inflight_messages 1")
-
-    async def scenario():
-        got = []
-        link = connection(broker.url, got.append)
-        link.start()
-        assert await link.wait_connected(10)
-        burst = [link.publish(Message("er/v1/home/x/rsp", b"%d" % i)) for i in range(200)]
-        assert set(await asyncio.gather(*burst)) == {NO_SUBSCRIBERS}
-        await link.close()
-
-    run(scenario)
-
-
-def test_nobody_at_the_address_is_said_in_words_and_mended_by_a_start(broker):
-    broker.stop()
-
-    async def scenario():
-        link = connection(broker.url)
-        link.start()
-        await until(lambda: "refused" in link.last_error)
-        with pytest.raises(LinkLost):
-            await link.publish(Message("er/v1/home/x/rsp", b"x"))
-        broker.start()
-        assert await link.wait_connected(10)
-        await link.close()
-
-    run(scenario)
-
-
-def test_a_broker_that_wants_a_password_is_understood(broker):
-    broker.restart(allow_anonymous=False)
-
-    async def scenario():
-        link = connection(broker.url)
-        link.start()
-        await until(lambda: "authoris" in link.last_error or "password" in link.last_error)
-        assert not link.is_connected
-        await link.close()
-
-    run(scenario)
-
-
-def test_a_port_that_says_nothing_is_given_up():
-    async def scenario():
-        held = []
-        server = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", 0)
-        link = connection(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        link.start()
-        await until(lambda: "does not answer" in link.last_error)
-        await link.close()
-        for writer in held:
-            writer.close()
-        server.close()
-
-    run(scenario)
-
-
-def test_garbage_from_the_broker_is_survived():
-    async def scenario():
-        async def talk(_, writer):
-            writer.write(b"\x20\xff\xff\xff\xff\xff garbage")
-            await writer.drain()
-            writer.close()
-
-        server = await asyncio.start_server(talk, "127.0.0.1", 0)
-        link = connection(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        link.start()
-        await until(lambda: link.last_error not in ("", "not connected yet"))
-        assert not link.is_connected
-        await link.close()
-        server.close()
-
-    run(scenario)
-
-
-def test_closing_before_anything_answered_is_quick():
-    async def scenario():
-        link = connection(f"mqtt://127.0.0.1:{free_port()}")
-        link.start()
-        await link.close()
-        await link.close()
-
-    run(scenario)
-
-
-# paho leaves the socket of a failed handshake to the collector, which closes it.
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_tls_with_a_certificate_of_ones_own(broker, tmp_path):
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
-    broker.restart(f"certfile {tmp_path}/cert.pem", f"keyfile {tmp_path}/key.pem")
-    url = f"mqtts://127.0.0.1:{broker.port}"
-
-    def link(on_message=lambda received: None, **more):
-        return Connection(
-            Broker(url, "c", **more),
-            subscriptions=("er/v1/home/c/rsp",),
+        self.got, self.losses = [], []
+        self._wait = wait
+        self.link = Connection(
+            Broker("mqtt://nowhere", "c"),
+            subscriptions=options.pop("subscriptions", (RSP,)),
             state_topic=STATE,
-            on_message=on_message,
-            backoff=Backoff(base_s=0.02, cap_s=0.1),
+            on_message=self.got.append,
+            on_lost=lambda: self.losses.append(asyncio.get_running_loop().time()),
+            backoff=Backoff(base_s=0.5, cap_s=30.0),
+            draw=draw,
+            new_client=self.server.new_client,
+            **options,
         )
 
-    async def scenario():
-        got = asyncio.Queue()
-        trusting = link(got.put_nowait, ca_file=str(tmp_path / "ca.pem"))
-        trusting.start()
-        assert await trusting.wait_connected(10)
-        for i in range(20):  # several messages within one TLS record, and one across many
-            await trusting.publish(Message("er/v1/home/c/rsp", b"%d" % i * 3000))
-        for i in range(20):
-            received = await got.get()
-            assert received.message.payload == b"%d" % i * 3000
-            trusting.acknowledge(received)
-        await trusting.close()
-        stranger = link()
-        stranger.start()
-        await until(lambda: "certificate" in stranger.last_error.lower())
-        assert not stranger.is_connected
-        await stranger.close()
+    @property
+    def client(self):
+        return self.server.client
 
-    run(scenario)
-    gc.collect()
+    async def __aenter__(self):
+        self.link.start()
+        if self._wait:
+            assert await self.link.wait_connected(1)
+        else:
+            await settle()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.link.close()
+
+
+def in_rig(scenario, **options):
+    async def limited():
+        async with Rig(**options) as rig:
+            await scenario(rig)
+
+    run_virtual(limited)
+
+
+def task(coroutine):
+    return asyncio.create_task(coroutine)
+
+
+def test_it_subscribes_and_then_says_online():
+    async def scenario(rig):
+        assert rig.client.filters == [RSP]
+        assert rig.client.published == [Message(STATE, b"online", retain=True)]
+        assert rig.client.options.state_topic == STATE
+        assert rig.client.options.is_clean_start
+        assert (rig.link.is_connected, rig.link.last_error, rig.link.connects) == (True, "", 1)
+
+    in_rig(scenario)
+
+
+def test_without_subscriptions_it_is_up_at_once():
+    async def scenario(rig):
+        assert rig.client.filters == []
+        assert rig.link.is_connected
+
+    in_rig(scenario, subscriptions=())
+
+
+def test_it_is_not_up_before_its_subscriptions_are_granted():
+    async def scenario():
+        async with Rig(wait=False) as rig:
+            rig.server.connect_code = None
+            rig.server.lose()
+            await asyncio.sleep(1)
+            events = rig.client._events
+            rig.client._soon = lambda report: None  # the broker never answers the SUBSCRIBE
+            events.on_accepted(None, None)
+            await settle()
+            assert not rig.link.is_connected
+            with pytest.raises(LinkLost):
+                await rig.link.publish(Message(RSP, b"x"))
+
+    run_virtual(scenario)
+
+
+def test_what_comes_is_handed_on_and_acknowledged_by_hand():
+    async def scenario(rig):
+        packet_id = rig.client.deliver(Message(RSP, b"x"))
+        await settle()
+        (received,) = rig.got
+        assert (received.message.payload, rig.client.acknowledged) == (b"x", [])
+        rig.link.acknowledge(received)
+        assert rig.client.acknowledged == [packet_id]
+
+    in_rig(scenario)
+
+
+def test_a_retained_message_is_acknowledged_and_not_handed_on():
+    async def scenario(rig):
+        packet_id = rig.client.deliver(Message(RSP, b"planted", retain=True))
+        await settle()
+        assert (rig.got, rig.client.acknowledged) == ([], [packet_id])
+
+    in_rig(scenario)
+
+
+def test_a_stale_acknowledgement_never_goes_to_the_new_connection():
+    """The same packet id is another message there, which nobody has dealt with."""
+
+    async def scenario(rig):
+        first = rig.client.deliver(Message(RSP, b"of the first connection"))
+        await settle()
+        rig.server.lose()
+        await settle()
+        assert await rig.link.wait_connected(10)
+        assert rig.client.deliver(Message(RSP, b"of the second")) == first
+        await settle()
+        stale, current = rig.got
+        rig.link.acknowledge(stale)
+        assert [client.acknowledged for client in rig.server.clients] == [[], []]
+        rig.link.acknowledge(current)
+        assert [client.acknowledged for client in rig.server.clients] == [[], [first]]
+
+    in_rig(scenario)
+
+
+def test_a_late_report_of_an_old_client_changes_nothing():
+    async def scenario(rig):
+        old = rig.client._events
+        rig.server.lose()
+        await settle()
+        assert await rig.link.wait_connected(10)
+        old.on_message(Message(RSP, b"late"), 7, 1)
+        old.on_lost("late")
+        await settle()
+        assert rig.got == []
+        assert rig.link.is_connected
+        assert rig.link.last_error == ""
+
+    in_rig(scenario)
+
+
+def test_publishers_share_the_brokers_window_but_for_one_place():
+    async def scenario(rig):
+        rig.server.confirms = False
+        tasks = [task(rig.link.publish(Message(RSP, b"%d" % i))) for i in range(4)]
+        await settle()
+        # Three places were announced; one is kept for the state message.
+        assert [m.payload for m in rig.client.published[1:]] == [b"0", b"1"]
+        rig.client.confirm(next(iter(rig.client.withheld)))
+        await settle()
+        assert [m.payload for m in rig.client.published[1:]] == [b"0", b"1", b"2"]
+        rig.server.confirms = True
+        for packet_id in list(rig.client.withheld):
+            rig.client.confirm(packet_id)
+        assert await asyncio.gather(*tasks) == [0, 0, 0, 0]
+
+    in_rig(scenario, receive_maximum=3)
+
+
+def test_our_own_window_holds_where_the_broker_announces_none():
+    async def scenario(rig):
+        rig.server.confirms = False
+        tasks = [task(rig.link.publish(Message(RSP, b"%d" % i))) for i in range(4)]
+        await settle()
+        assert len(rig.client.published) == 1 + 2
+        for one in tasks:
+            one.cancel()
+
+    in_rig(scenario, max_in_flight=3)
+
+
+def test_a_cancelled_publisher_keeps_its_place_until_the_puback():
+    async def scenario(rig):
+        rig.server.confirms = False
+        first, second = task(rig.link.publish(Message(RSP, b"1"))), task(rig.link.publish(Message(RSP, b"2")))
+        await settle()
+        first.cancel()
+        await settle()
+        assert [m.payload for m in rig.client.published[1:]] == [b"1"]
+        rig.client.confirm(next(iter(rig.client.withheld)))
+        await settle()
+        assert [m.payload for m in rig.client.published[1:]] == [b"1", b"2"]
+        second.cancel()
+
+    in_rig(scenario, receive_maximum=2)
+
+
+def test_a_publisher_cancelled_in_the_queue_takes_no_place():
+    async def scenario(rig):
+        rig.server.confirms = False
+        first, second, third = [task(rig.link.publish(Message(RSP, b"%d" % i))) for i in range(3)]
+        await settle()
+        second.cancel()
+        await settle()
+        rig.client.confirm(next(iter(rig.client.withheld)))
+        await settle()
+        assert [m.payload for m in rig.client.published[1:]] == [b"0", b"2"]
+        assert await first == 0
+        third.cancel()
+
+    in_rig(scenario, receive_maximum=2)
+
+
+def test_all_who_wait_for_a_lost_connection_learn_of_it_and_nothing_is_sent_on_the_next():
+    async def scenario(rig):
+        rig.server.confirms = False
+        tasks = [task(rig.link.publish(Message(RSP, b"%d" % i))) for i in range(6)]
+        await settle()
+        rig.server.confirms = True
+        rig.server.lose("connection lost")
+        await settle()
+        assert await rig.link.wait_connected(10)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [LinkLost] * 6
+        assert "connection lost" in str(results[0])
+        assert rig.client.published == [Message(STATE, b"online", retain=True)]
+        assert await rig.link.publish(Message(RSP, b"new")) == 0
+
+    in_rig(scenario, receive_maximum=3)
+
+
+def test_the_brokers_reason_code_is_returned():
+    async def scenario(rig):
+        assert await rig.link.publish(Message("er/v1/home/nobody/rsp", b"x")) == NO_SUBSCRIBERS
+        rig.server.publish_code = lambda message: 0x87
+        assert await rig.link.publish(Message(RSP, b"x")) == 0x87
+
+    in_rig(scenario)
+
+
+def test_a_packet_above_the_limit_is_not_sent_and_takes_no_place():
+    async def scenario(rig):
+        for _ in range(3):
+            with pytest.raises(TooLarge, match="accepts 2000"):
+                await rig.link.publish(Message(RSP, b"x" * 1990))
+        assert await rig.link.publish(Message(RSP, b"x" * 1900)) == 0
+
+    in_rig(scenario, max_packet_bytes=2000, receive_maximum=2)
+
+
+def test_a_socket_that_is_gone_gives_the_place_back():
+    async def scenario(rig):
+        rig.client.is_open = False
+        for _ in range(3):
+            with pytest.raises(LinkLost):
+                await rig.link.publish(Message(RSP, b"x"))
+
+    in_rig(scenario, receive_maximum=2)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ({"connect_code": 0x86}, "password"),
+        ({"connect_code": 0x85}, "client id"),
+        ({"subscribe_code": lambda topic: 0x87}, "refused a subscription: the broker does not authorise"),
+        ({"unreachable": "no route"}, "connecting failed: no route"),
+        ({"connect_code": None}, "does not answer"),
+    ],
+)
+def test_why_there_is_no_connection_is_told_in_words(script, words):
+    async def scenario():
+        rig = Rig()
+        for name, value in script.items():
+            setattr(rig.server, name, value)
+        rig.link.start()
+        assert not await rig.link.wait_connected(6)
+        assert words in rig.link.last_error
+        assert not rig.link.is_connected
+        await rig.link.close()
+
+    run_virtual(scenario)
+
+
+def attempts(script, seconds):
+    """How often a connection with the longest possible back-off tries in `seconds`."""
+    tried = []
+
+    async def scenario():
+        rig = Rig(draw=lambda: 0.999)
+        for name, value in script.items():
+            setattr(rig.server, name, value)
+        rig.link.start()
+        await asyncio.sleep(seconds)
+        tried.append(len(rig.server.clients))
+        await rig.link.close()
+
+    run_virtual(scenario)
+    return tried[0]
+
+
+def test_where_a_person_must_act_it_tries_seldom_and_else_soon():
+    assert attempts({"connect_code": 0x88}, 10) == 5  # after 0.5, 1, 2 and 4 s
+    assert attempts({"connect_code": 0x86}, 10) == 1  # after 30 s, the cap
+
+
+def test_a_silent_broker_is_given_up():
+    async def scenario(rig):
+        rig.client.is_alive = False
+        await asyncio.sleep(1.1)
+        assert "silent" in rig.link.last_error
+        assert not rig.link.is_connected
+        assert await rig.link.wait_connected(10)
+        assert rig.link.connects == 2
+
+    in_rig(scenario)
+
+
+def test_the_first_reason_is_kept():
+    async def scenario(rig):
+        rig.client._events.on_disconnected(0x8B)
+        rig.client._events.on_lost("connection lost")
+        assert "shutting down" in rig.link.last_error
+
+    in_rig(scenario)
+
+
+def test_each_connection_that_ends_is_reported_once():
+    async def scenario(rig):
+        for n in range(1, 4):
+            rig.server.lose()
+            rig.server.lose()
+            await settle()
+            assert len(rig.losses) == n
+            assert await rig.link.wait_connected(60)
+
+    in_rig(scenario)
+
+
+def test_a_stable_connection_resets_the_back_off_and_short_ones_name_the_likely_cause():
+    async def scenario(rig):
+        for _ in range(5):
+            await asyncio.sleep(60)
+            rig.server.lose()
+            await settle()
+            assert "same client id" not in rig.link.last_error
+            assert await rig.link.wait_connected(0.3)  # the first delay, half of 0.5 s
+        for _ in range(4):
+            rig.server.lose()
+            await settle()
+            lost = rig.link.last_error
+            assert await rig.link.wait_connected(60)
+        assert "same client id" in lost
+
+    in_rig(scenario)
+
+
+def test_after_an_unreadable_packet_a_kept_session_starts_clean_once():
+    async def scenario(rig):
+        assert not rig.client.options.is_clean_start
+        rig.client._events.on_unreadable("what could not be read")
+        await settle()
+        assert await rig.link.wait_connected(10)
+        assert rig.client.options.is_clean_start
+        rig.server.lose()
+        await settle()
+        assert await rig.link.wait_connected(10)
+        assert not rig.client.options.is_clean_start
+
+    in_rig(scenario, session_expiry_s=60)
+
+
+def test_unsubscribing_waits_for_the_broker_but_not_for_ever():
+    async def scenario(rig):
+        await rig.link.unsubscribe()
+        assert rig.client.filters == []
+        rig.client._soon = lambda report: None
+        began_s = asyncio.get_running_loop().time()
+        await rig.link.unsubscribe(timeout_s=2.0)
+        assert asyncio.get_running_loop().time() - began_s == pytest.approx(2.0)
+
+    in_rig(scenario)
+
+
+def test_closing_says_offline_and_disconnects_once():
+    async def scenario(rig):
+        await rig.link.close()
+        await rig.link.close()
+        assert rig.client.published[-1] == Message(STATE, b"offline", retain=True)
+        assert rig.client.is_disconnected
+        assert not rig.client.is_open
+        assert not rig.link.is_connected
+        await asyncio.sleep(100)
+        assert len(rig.server.clients) == 1
+
+    in_rig(scenario)
+
+
+def test_closing_does_not_wait_long_for_a_broker_that_confirms_nothing():
+    async def scenario(rig):
+        rig.server.confirms = False
+        began_s = asyncio.get_running_loop().time()
+        await rig.link.close()
+        assert asyncio.get_running_loop().time() - began_s == pytest.approx(1.0)
+        assert rig.client.is_disconnected
+
+    in_rig(scenario)
+
+
+def test_a_publisher_still_waiting_when_the_connection_is_closed_is_freed():
+    async def scenario(rig):
+        rig.server.confirms = False
+        waiting = task(rig.link.publish(Message(RSP, b"x")))
+        await settle()
+        await rig.link.close()
+        with pytest.raises(LinkLost):
+            await waiting
+
+    in_rig(scenario)
+
+
+def test_closing_while_it_backs_off_is_quick():
+    async def scenario():
+        rig = Rig()
+        rig.server.unreachable = "no route"
+        rig.link.start()
+        await asyncio.sleep(30)
+        began_s = asyncio.get_running_loop().time()
+        await rig.link.close()
+        assert asyncio.get_running_loop().time() == began_s
+
+    run_virtual(scenario)

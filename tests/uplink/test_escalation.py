@@ -12,12 +12,13 @@ from cloud_fallback.config import CloudConfig
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.bundles.folder import find_bundle, load_bundle, write_bundle
 from edge_runtime.config import CloudSettings, Config, ServerSettings, TrustSettings
+from edge_runtime.core.escalation.breaker import Breaker, BreakerLimits
 from edge_runtime.core.messages import InferRequest, Origin, OutputRequest, Reason, Tensor
 from edge_runtime.engines.fake import FakeBatch
 from edge_runtime.loading.model import load_model
 from edge_runtime.mqtt.client import Broker
 from edge_runtime.mqtt.connection import Connection
-from edge_runtime.mqtt.envelope import Message
+from edge_runtime.mqtt.envelope import Message, unpack
 from edge_runtime.runtime import Runtime
 from edge_runtime.serving.model_runner import ModelRunner
 
@@ -122,11 +123,10 @@ def test_a_failing_cloud_degrades_its_own_request_and_a_silent_one_opens_the_bre
             assert (await runtime.ask(HARD)).reason is Reason.CLOUD_FAILED
             cloud.engine.fails = False
             assert (await runtime.ask(HARD)).origin is Origin.CLOUD
-            cloud.worker._on_message = lambda received: None
+            runtime.uplink.breaker = Breaker(BreakerLimits(min_count=1))  # so that one time-out is enough
             cloud.worker.connection._on_message = lambda received: None
-            reasons = [(await runtime.ask(f"{HARD} {i}")).reason for i in range(12)]
-            assert Reason.CLOUD_LATE in reasons
-            assert reasons[-1] in (Reason.CLOUD_OPEN, Reason.TOO_LATE)
+            assert (await runtime.ask(f"{HARD} 1")).reason is Reason.CLOUD_LATE
+            assert (await runtime.ask(f"{HARD} 2")).reason is Reason.CLOUD_OPEN
 
     run(scenario)
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_answered_with_an_error_and_the_worker_goes_on(br
             await client.connection.publish(Message(TOPIC, BODY, correlation=b"d" * 16))
             good = await client.heard.get()
             assert good.correlation == b"d" * 16
-            assert b'"intent"' in good.payload or good.user
+            assert msgspec.json.decode(unpack(good)[0])["outputs"][0]["name"] == "intent"
 
     run(scenario)
 
@@ -238,7 +238,7 @@ def test_a_worker_that_drains_answers_what_it_took(broker):
                 await asyncio.gather(
                     *(client.connection.publish(Message(TOPIC, BODY, correlation=i)) for i in ids)
                 )
-                await until(lambda: cloud.worker._replies)
+                await until(lambda: len(cloud.worker._duplicates))
             answered = {(await client.heard.get()).correlation for _ in ids}
             assert answered == set(ids)
 

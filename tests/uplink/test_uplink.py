@@ -1,8 +1,6 @@
-"""The edge's side of escalation against a cloud that this file plays: silent, absent, hostile or gone."""
+"""The edge's side of escalation in virtual time: time-outs, breaker, windows, orders of events. No socket, no waiting."""
 
 import asyncio
-import random
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,233 +9,239 @@ from edge_runtime.core.escalation.breaker import Breaker, BreakerLimits, Breaker
 from edge_runtime.core.escalation.decision import CloudUnavailable
 from edge_runtime.core.messages import InferReply, InferRequest, Reason, Tensor
 from edge_runtime.core.protocol import oip
+from edge_runtime.mqtt.client import Broker, ConnectOptions
 from edge_runtime.mqtt.envelope import Message, pack, unpack
+from edge_runtime.mqtt.fake import FakeBroker
 from edge_runtime.uplink.uplink import Uplink
-from tests.uplink.test_escalation import Listener, run, until
+from tests.virtual_time import now_ns, run_virtual, settle
 
-REQUESTS = "$share/workers/er/v1/+/+/req/commands"
-REPLY_TO = "er/v1/home/d1/rsp"
+RSP = "er/v1/home/d1/rsp"
+SETTINGS = SimpleNamespace(
+    broker="mqtt://nowhere", tenant="home", username="", password_file="", ca_file="", cert_file="", key_file=""
+)  # fmt: skip
 
 
 def question(text=b"hi"):
     return InferRequest((Tensor("text", "BYTES", (1,), (text,)),))
 
 
-def answer(request, model="commands", text=b"greeting"):
-    reply = InferReply(model, "1", (Tensor("intent", "BYTES", (1,), (text,)),))
-    return pack(REPLY_TO, *oip.encode_reply(reply), correlation=request.correlation, expiry_s=5)
+def answer(request, text=b"greeting"):
+    reply = InferReply("commands", "1", (Tensor("intent", "BYTES", (1,), (text,)),))
+    return pack(RSP, *oip.encode_reply(reply), correlation=request.correlation, expiry_s=5)
 
 
-def soon(seconds=10.0):
-    return time.monotonic_ns() + int(seconds * 1e9)
+class Cloud:
+    """A worker played by the test: keeps the requests; `answers` says after how many seconds each is answered."""
+
+    def __init__(self, server):
+        self.requests, self.delay_s = [], None
+        options = ConnectOptions("w", 0, True, 100, 30, 5.0)
+        self.client = server.new_client(Broker("", "w"), options, self)
+
+    async def start(self):
+        await self.client.open()
+        self.client.subscribe(["$share/workers/er/v1/+/+/req/commands"])
+
+    def on_message(self, message, packet_id, qos):
+        self.requests.append(message)
+        if self.delay_s is not None:
+            asyncio.get_running_loop().call_later(self.delay_s, self.reply, message)
+
+    def reply(self, request, text=b"greeting"):
+        self.client.publish(answer(request, text))
+
+    def __getattr__(self, name):
+        return lambda *_: None
 
 
 class Edge:
-    def __init__(self, broker, breaker=None):
-        settings = SimpleNamespace(
-            broker=broker.url, tenant="home", username="", password_file="", ca_file="", cert_file="", key_file=""
-        )  # fmt: skip
-        self.uplink = Uplink(settings, device="d1", breaker=breaker)
+    def __init__(self, breaker=None, **server):
+        self.server = FakeBroker(**server)
+        self.cloud = Cloud(self.server)
+        self.breaker = breaker or Breaker(BreakerLimits(min_count=3, open_ns=10_000_000_000))
+        self.uplink = Uplink(
+            SETTINGS, device="d1", breaker=self.breaker, new_client=self.server.new_client, clock_ns=now_ns
+        )
+
+    @property
+    def state(self):
+        return self.breaker.state(now_ns())
+
+    def ask(self, seconds=2.0, text=b"hi"):
+        deadline_ns = now_ns() + round(seconds * 1e9)
+        return asyncio.create_task(self.uplink.ask("commands", question(text), deadline_ns=deadline_ns))
+
+    async def reason(self, seconds=2.0):
+        with pytest.raises(CloudUnavailable) as failure:
+            await self.ask(seconds)
+        return failure.value.reason
 
     async def __aenter__(self):
+        await self.cloud.start()
         await self.uplink.start()
-        assert await self.uplink.wait_connected(10)
-        return self.uplink
+        assert await self.uplink.wait_connected(1)
+        return self
 
     async def __aexit__(self, *_):
         await self.uplink.close()
 
 
-async def reason_of(asking):
-    with pytest.raises(CloudUnavailable) as failure:
-        await asking
-    return failure.value.reason
+def in_rig(scenario, **options):
+    async def limited():
+        async with Edge(**options) as edge:
+            await scenario(edge)
+
+    run_virtual(limited)
 
 
-def test_a_question_travels_with_its_time_and_comes_back_once(broker):
-    async def scenario():
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker) as uplink:
-            asking = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon(2.5)))
-            request = await cloud.heard.get()
-            assert request.topic == "er/v1/home/d1/req/commands"
-            assert len(request.correlation) == 16
-            assert request.expiry_s in (2, 3)
-            assert 2000 < oip.decode_request(*unpack(request)).parameters["deadline_ms"] <= 2500
-            await cloud.connection.publish(answer(request))
-            reply = await asking
-            assert reply.outputs[0].data == (b"greeting",)
-            await cloud.connection.publish(answer(request))
-            await until(lambda: uplink.counters["unknown_reply"] == 1)
-            assert uplink.counters["answered"] == 1
+def test_a_reply_reaches_its_caller_and_a_second_one_nobody():
+    async def scenario(edge):
+        asking = edge.ask()
+        await settle()
+        (request,) = edge.cloud.requests
+        edge.cloud.reply(request, b"first")
+        edge.cloud.reply(request, b"second")
+        assert (await asking).outputs[0].data == (b"first",)
+        assert edge.uplink.counters["answered"] == edge.uplink.counters["unknown_reply"] == 1
 
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_large_questions_are_compressed_with_a_digest(broker):
-    async def scenario():
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker) as uplink:
-            asking = asyncio.create_task(uplink.ask("commands", question(b"a" * 4000), deadline_ns=soon()))
-            request = await cloud.heard.get()
-            assert dict(request.user)["Content-Encoding"] == "zstd"
-            assert dict(request.user)["Content-Digest"]
-            assert len(request.payload) < 1000
-            assert oip.decode_request(*unpack(request)).inputs[0].data == (b"a" * 4000,)
-            await cloud.connection.publish(answer(request))
-            await asking
+def test_a_reply_may_overtake_the_confirmation():
+    async def scenario(edge):
+        edge.server.confirms = False
+        asking = edge.ask()
+        await settle()
+        edge.server.confirms = True
+        edge.cloud.reply(edge.cloud.requests[0])
+        await settle()
+        client = edge.server.clients[1]
+        for packet_id in list(client.withheld):
+            client.confirm(packet_id)
+        assert (await asking).outputs[0].data == (b"greeting",)
 
-    run(scenario)
-
-
-def test_a_broker_that_dies_frees_its_callers_at_once(broker):
-    async def scenario():
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker) as uplink:
-            asking = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon(30)))
-            await cloud.heard.get()
-            broker.stop()
-            began = time.monotonic()
-            assert await reason_of(asking) is Reason.LINK_DOWN
-            assert time.monotonic() - began < 5
-            assert await reason_of(uplink.ask("commands", question(), deadline_ns=soon())) is Reason.LINK_DOWN
-
-    run(scenario)
+    in_rig(scenario)
 
 
-def test_cancelling_one_caller_leaves_the_others(broker):
-    async def scenario():
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker) as uplink:
-            askers = [
-                asyncio.create_task(uplink.ask("commands", question(b"%d" % i), deadline_ns=soon()))
-                for i in range(8)
-            ]
-            requests = [await cloud.heard.get() for _ in askers]
-            for asker in askers[::2]:
-                asker.cancel()
-            for request in requests:
-                text = oip.decode_request(*unpack(request)).inputs[0].data[0]
-                await cloud.connection.publish(answer(request, text=text))
-            results = await asyncio.gather(*askers, return_exceptions=True)
-            assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
-            assert [r.outputs[0].data[0] for r in results[1::2]] == [b"1", b"3", b"5", b"7"]
-            await until(lambda: uplink.counters["unknown_reply"] == 4)
-            assert not uplink._open
+def test_a_caller_waits_until_its_deadline_and_no_longer():
+    async def scenario(edge):
+        began_ns = now_ns()
+        assert await edge.reason(2.0) is Reason.CLOUD_LATE
+        assert now_ns() - began_ns == pytest.approx(2e9)
+        edge.cloud.reply(edge.cloud.requests[0])
+        await settle()
+        assert edge.uplink.counters["unknown_reply"] == 1
 
-    run(scenario)
+    in_rig(scenario)
+
+
+def test_the_worker_is_told_how_much_time_is_left():
+    async def scenario(edge):
+        asking = edge.ask(2.5)
+        await settle()
+        (request,) = edge.cloud.requests
+        assert oip.decode_request(*unpack(request)).parameters["deadline_ms"] == 2500
+        assert request.expiry_s == 3
+        asking.cancel()
+
+    in_rig(scenario)
+
+
+def test_nobody_listening_is_told_at_once():
+    async def scenario(edge):
+        edge.cloud.client.filters = []
+        began_ns = now_ns()
+        assert await edge.reason() is Reason.CLOUD_ABSENT
+        assert now_ns() - began_ns < 1e6
+        assert edge.state is BreakerState.CLOSED
+
+    in_rig(scenario)
+
+
+def test_a_lost_connection_frees_every_caller_at_once():
+    async def scenario(edge):
+        askers = [edge.ask(100.0) for _ in range(5)]
+        await settle()
+        began_ns = now_ns()
+        edge.server.lose()
+        results = await asyncio.gather(*askers, return_exceptions=True)
+        assert {result.reason for result in results} == {Reason.LINK_DOWN}
+        assert now_ns() - began_ns < 1e6
+        assert edge.state is BreakerState.CLOSED
+        assert await edge.reason() is Reason.LINK_DOWN
+
+    in_rig(scenario)
+
+
+def test_cancelling_one_caller_leaves_the_others_and_nothing_behind():
+    async def scenario(edge):
+        askers = [edge.ask(text=b"%d" % i) for i in range(6)]
+        await settle()
+        for asker in askers[::2]:
+            asker.cancel()
+        for request in edge.cloud.requests:
+            edge.cloud.reply(request, oip.decode_request(*unpack(request)).inputs[0].data[0])
+        results = await asyncio.gather(*askers, return_exceptions=True)
+        assert [r.outputs[0].data[0] for r in results[1::2]] == [b"1", b"3", b"5"]
+        assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
+        await settle()
+        assert edge.uplink.counters["unknown_reply"] == 3
+        assert not edge.uplink._open
+
+    in_rig(scenario)
+
+
+def test_silence_opens_the_breaker_and_a_good_probe_closes_it():
+    async def scenario(edge):
+        for _ in range(3):
+            assert await edge.reason() is Reason.CLOUD_LATE
+        assert edge.uplink.link_state().is_breaker_open
+        assert await edge.reason() is Reason.CLOUD_OPEN
+        await asyncio.sleep(10)
+        assert edge.state is BreakerState.HALF_OPEN
+        edge.cloud.delay_s = 0.1
+        await edge.ask()
+        assert edge.state is BreakerState.CLOSED
+
+    in_rig(scenario)
+
+
+def test_a_probe_whose_caller_leaves_is_given_to_the_next():
+    async def scenario(edge):
+        for _ in range(3):
+            await edge.reason()
+        await asyncio.sleep(10)
+        probe = edge.ask()
+        await settle()
+        assert await edge.reason() is Reason.CLOUD_OPEN
+        probe.cancel()
+        await settle()
+        edge.cloud.delay_s = 0.1
+        assert (await edge.ask()).model_name == "commands"
+
+    in_rig(scenario)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("fields", "expected", "state"),
     [
-        (lambda request: answer(request, model="other"), Reason.CLOUD_FAILED),
-        (lambda request: Message(REPLY_TO, b"{", correlation=request.correlation), Reason.CLOUD_FAILED),
-        (
-            lambda request: Message(
-                REPLY_TO, b"\x28\xb5\x2f\xfd", correlation=request.correlation, user=(("Content-Encoding", "zstd"),)
-            ),
-            Reason.CLOUD_FAILED,
-        ),
-        (
-            lambda request: Message(
-                REPLY_TO, oip.encode_error("full", reason="full", retry_after_ms=5), correlation=request.correlation
-            ),
-            Reason.CLOUD_REFUSED,
-        ),
-        (
-            lambda request: Message(
-                REPLY_TO, oip.encode_error("late", reason="late"), correlation=request.correlation
-            ),
-            Reason.CLOUD_LATE,
-        ),
-        (
-            lambda request: Message(REPLY_TO, oip.encode_error("broken"), correlation=request.correlation),
-            Reason.CLOUD_FAILED,
-        ),
+        ({"reason": "full"}, Reason.CLOUD_REFUSED, BreakerState.CLOSED),
+        ({"reason": "late"}, Reason.CLOUD_LATE, BreakerState.CLOSED),
+        ({"reason": "invalid"}, Reason.CLOUD_FAILED, BreakerState.CLOSED),
+        ({}, Reason.CLOUD_FAILED, BreakerState.OPEN),
     ],
-)  # fmt: skip
-def test_replies_that_are_no_answers_have_their_reason(broker, spoil, reason):
-    async def scenario():
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker) as uplink:
-            asking = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon()))
-            await cloud.connection.publish(spoil(await cloud.heard.get()))
-            assert await reason_of(asking) is reason
+)
+def test_of_all_error_replies_only_failures_open_the_breaker(fields, expected, state):
+    async def scenario(edge):
+        for _ in range(3):
+            asking = edge.ask()
+            await settle()
+            error = oip.encode_error("no", **fields)
+            correlation = edge.cloud.requests.pop().correlation
+            edge.cloud.client.publish(Message(RSP, error, correlation=correlation))
+            with pytest.raises(CloudUnavailable) as failure:
+                await asking
+            assert failure.value.reason is expected
+        assert edge.state is state
 
-    run(scenario)
-
-
-def test_silence_opens_the_breaker_and_one_good_probe_closes_it(broker):
-    async def scenario():
-        breaker = Breaker(BreakerLimits(min_count=3, open_ns=300_000_000))
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker, breaker) as uplink:
-            for _ in range(3):
-                asking = uplink.ask("commands", question(), deadline_ns=soon(0.05))
-                assert await reason_of(asking) is Reason.CLOUD_LATE
-                await cloud.heard.get()
-            assert uplink.link_state().is_breaker_open
-            assert (
-                await reason_of(uplink.ask("commands", question(), deadline_ns=soon())) is Reason.CLOUD_OPEN
-            )
-            await until(lambda: breaker.state(time.monotonic_ns()) is BreakerState.HALF_OPEN)
-            probe = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon()))
-            await cloud.connection.publish(answer(await cloud.heard.get()))
-            await probe
-            assert breaker.state(time.monotonic_ns()) is BreakerState.CLOSED
-
-    run(scenario)
-
-
-def test_what_is_too_large_to_send_says_nothing_about_the_cloud(broker):
-    """Noise does not compress: 3 x 60 kB pass the packet limit. An open breaker must not close by it."""
-
-    async def scenario():
-        breaker = Breaker(BreakerLimits(min_count=1, open_ns=0))
-        breaker.failed(breaker.permit(time.monotonic_ns()), time.monotonic_ns())
-        async with Edge(broker, breaker) as uplink:
-            noise = random.Random(1)
-            texts = tuple(
-                "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(20_000)).encode()
-                for _ in range(3)
-            )
-            large = InferRequest((Tensor("text", "BYTES", (3,), texts),))
-            reason = await reason_of(uplink.ask("commands", large, deadline_ns=soon()))
-            assert reason is Reason.CLOUD_REFUSED
-            assert breaker.state(time.monotonic_ns()) is not BreakerState.CLOSED
-            assert uplink.link_state().is_connected
-
-    run(scenario)
-
-
-def test_a_request_the_worker_calls_invalid_is_no_fault_of_the_cloud(broker):
-    async def scenario():
-        breaker = Breaker(BreakerLimits(min_count=1))
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker, breaker) as uplink:
-            asking = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon()))
-            request = await cloud.heard.get()
-            refusal = oip.encode_error("unknown input", reason="invalid")
-            await cloud.connection.publish(Message(REPLY_TO, refusal, correlation=request.correlation))
-            assert await reason_of(asking) is Reason.CLOUD_FAILED
-            assert breaker.state(time.monotonic_ns()) is BreakerState.CLOSED
-
-    run(scenario)
-
-
-def test_cancelling_while_the_window_is_full_gives_the_place_back(broker):
-    broker.restart("max_inflight_messages 2")
-
-    async def scenario():
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker) as uplink:
-
-            async def serve():
-                while True:
-                    await cloud.connection.publish(answer(await cloud.heard.get()))
-
-            serving = asyncio.create_task(serve())
-            crowd = [
-                asyncio.create_task(uplink.ask("commands", question(b"%d" % i), deadline_ns=soon()))
-                for i in range(20)
-            ]
-            await asyncio.sleep(0)
-            for asker in crowd[:10]:
-                asker.cancel()
-            assert len(await asyncio.gather(*crowd[10:])) == 10
-            serving.cancel()
-
-    run(scenario)
+    in_rig(scenario)

@@ -1,12 +1,12 @@
 """A circuit breaker: stops asking a peer that keeps failing, and finds out with one probe when it is back.
 
     CLOSED ── faults >= rate of at least `min_count` outcomes in the window ──► OPEN
-    OPEN ── `open_ns` later, the first who asks ──► HALF-OPEN (exactly one probe is out)
-    HALF-OPEN ── probe succeeds ──► CLOSED;  probe fails ──► OPEN;  probe says nothing ──► next who asks probes
+    OPEN ── `open_ns` later, the first caller ──► HALF-OPEN (exactly one probe is out)
+    HALF-OPEN ── probe succeeds ──► CLOSED;  probe fails ──► OPEN;  probe abandoned ──► the next caller probes
 
 Every permit ends with exactly one of `succeeded`, `failed` and `abandoned`. A refusal ("busy") is a
-success here: the peer lives and answers. What says nothing about the peer (the caller left, the link
-fell, nobody was subscribed) is abandoned. Time is an argument.
+success here: the peer lives and answers. An outcome that says nothing about the peer (the caller left, the
+link fell, nobody was subscribed) is abandoned. Time is an argument.
 """
 
 from collections import deque
@@ -35,7 +35,7 @@ class BreakerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """Leave to ask once; hand it back with the outcome."""
+    """Permission to ask once; to be given back with the outcome."""
 
     generation: int
     is_probe: bool
@@ -47,7 +47,7 @@ class Breaker:
     def __init__(self, limits: BreakerLimits | None = None) -> None:
         self._limits = limits or BreakerLimits()
         self._outcomes: deque[tuple[int, bool]] = deque(maxlen=self._limits.max_outcomes)
-        self._generation = 0  # outcomes of permits from before a change of state say nothing about now
+        self._generation = 0  # outcomes of permits given before a change of state are ignored
         self._opened_ns: int | None = None
         self._is_probing = False
 
@@ -60,7 +60,7 @@ class Breaker:
         return BreakerState.HALF_OPEN
 
     def permit(self, now_ns: int) -> Permit | None:
-        """Leave to ask, or None while open. In half-open the permit is the probe."""
+        """Return permission to ask, or None while open. In half-open the permit is the probe."""
         state = self.state(now_ns)
         if state is BreakerState.OPEN:
             return None
@@ -88,7 +88,7 @@ class Breaker:
             self._record(now_ns, is_fault=True)
 
     def abandoned(self, permit: Permit) -> None:
-        """Nothing was learned; a probe is given to the next caller."""
+        """Nothing was learned about the peer; the next caller may probe."""
         if permit.generation == self._generation and permit.is_probe:
             self._is_probing = False
 

@@ -4,9 +4,9 @@ _HALF_LIFE_NS = 30_000_000_000
 
 
 class RoundTrip:
-    """Jacobson's estimator as in RFC 6298 (gains 1/8 and 1/4), which forgets while nothing is heard.
+    """Jacobson's estimator as in RFC 6298 (gains 1/8 and 1/4), which decays while no reply comes.
 
-    Forgetting matters: the estimate may veto asking, and without asking it would never be corrected.
+    The decay matters: the estimate may veto asking, and without asking it would never be corrected.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class RoundTrip:
         self._heard_ns = now_ns
 
     def p95_ns(self, now_ns: int) -> int:
-        """What a reply will hardly exceed; 0 while nothing is known; halves every 30 s of silence."""
+        """Pessimistic estimate of a reply's time; 0 before the first reply; halves with every 30 s without one."""
         if self._heard_ns is None:
             return 0
         estimate = self._mean_ns + 4 * self._deviation_ns

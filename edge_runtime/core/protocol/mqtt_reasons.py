@@ -1,15 +1,15 @@
-"""MQTT v5 reason codes: what each means in words, and what it asks of us. Data beside the standard's section 2.4."""
+"""MQTT v5 reason codes: what each means in words, and what to do about it. Data beside the standard's section 2.4."""
 
 from enum import Enum
 
 
 class ReasonClass(Enum):
-    """What to do about a reason code."""
+    """What this side does about a reason code."""
 
     OK = "ok"
     ABSENT = "absent"  # delivered to nobody: fall back now
     RETRY = "retry"  # transient: back off and try again
-    CONFIGURATION = "configuration"  # a person must mend it: back off long and say so
+    CONFIGURATION = "configuration"  # a person must change something: back off long and report it
     PERMANENT = "permanent"  # this message can never pass
 
 
@@ -59,13 +59,13 @@ _TABLE: dict[int, tuple[ReasonClass, str]] = {
 
 
 def classify(code: int) -> ReasonClass:
-    """What a reason code asks of us; unknown failures are taken for transient."""
+    """What to do about a reason code; unknown failures count as transient."""
     if code in _TABLE:
         return _TABLE[code][0]
     return ReasonClass.OK if code < 0x80 else ReasonClass.RETRY
 
 
 def in_words(code: int) -> str:
-    """One clause for logs and `status`, with the code for who wants to look it up."""
+    """One clause for logs and `status`, with the code beside it for looking it up in the standard."""
     words = _TABLE[code][1] if code in _TABLE else ("success" if code < 0x80 else "an unknown reason")
     return f"{words} (MQTT reason 0x{code:02X})"

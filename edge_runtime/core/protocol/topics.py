@@ -3,7 +3,7 @@
     er/v1/{tenant}/{device}/req/{model}   edge -> workers, one of the group `$share/{group}/er/v1/+/+/req/{model}`
     er/v1/{tenant}/{device}/rsp           worker -> that edge
     er/v1/{tenant}/{device}/state         "online" or "offline" of an edge, retained
-    er/v1/_worker/{worker}/state          the same of a worker; no tenant can be called `_worker`
+    er/v1/_worker/{worker}/state          the same for a worker; no tenant can be called `_worker`
 
 The reply topic follows from the request topic alone. A Response Topic property is never read: it would
 let one device have answers sent to another.
@@ -20,7 +20,7 @@ _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class RequestTopic:
-    """Who asks, and which model; the broker's access control vouches for the first two."""
+    """The sender and the model it asks. Tenant and device are only as true as the broker's access control."""
 
     tenant: str
     device: str
@@ -43,17 +43,17 @@ def reply_topic(tenant: str, device: str) -> str:
 
 
 def reply_topic_for(topic: RequestTopic) -> str:
-    """Where the reply to a request goes: the only place the requester is sure to be allowed to read."""
+    """Where the reply to a request goes: the only topic the sender is sure to be allowed to read."""
     return reply_topic(topic.tenant, topic.device)
 
 
 def device_state_topic(tenant: str, device: str) -> str:
-    """Where an edge says, retained, whether it is online."""
+    """Where an edge publishes, retained, whether it is online."""
     return f"{_device(tenant, device)}/state"
 
 
 def worker_state_topic(worker: str) -> str:
-    """Where a worker says, retained, whether it is online."""
+    """Where a worker publishes, retained, whether it is online."""
     return f"{_ROOT}/_worker/{_checked('worker', worker)}/state"
 
 
