@@ -173,8 +173,8 @@ def test_closing_before_anything_answered_is_quick():
     run(scenario)
 
 
-def test_a_packet_that_paho_cannot_decode_ends_that_connection_alone(broker, caplog):
-    """The broker accepts U+FEFF in a property; paho raises."""
+def test_a_packet_that_paho_refuses_ends_that_connection_alone(broker):
+    """The broker accepts U+FEFF in a property and paho does not."""
 
     async def scenario():
         got = asyncio.Queue()
@@ -189,7 +189,38 @@ def test_a_packet_that_paho_cannot_decode_ends_that_connection_alone(broker, cap
         await link.close()
 
     run(scenario)
-    assert "what could not be read (MalformedPacket)" in caplog.text
+
+
+CONNACK, SUBACK = b"\x20\x03\x00\x00\x00", b"\x90\x04\x00\x01\x00\x01"
+
+
+def scripted(packets):
+    """A server that accepts one connection and its subscription, and then sends `packets`."""
+
+    async def talk(reader, writer):
+        await reader.readuntil(b"offline")  # the end of our CONNECT, its will
+        writer.write(CONNACK)
+        await reader.readuntil(b"er/v1/home/c/rsp")  # of our SUBSCRIBE
+        writer.write(SUBACK + packets)
+        await reader.read()
+        writer.close()
+
+    return talk
+
+
+def test_a_packet_at_which_paho_raises_does_not_end_the_event_loop(caplog):
+    """A topic that is no UTF-8; brokers refuse it, a hostile one may send it."""
+
+    async def scenario():
+        server = await asyncio.start_server(scripted(b"\x30\x05\x00\x01\xff\x00x"), "127.0.0.1", 0)
+        link = connection(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        link.start()
+        await until(lambda: link.connects == 2)
+        await link.close()
+        server.close()
+
+    run(scenario)
+    assert "what could not be read (UnicodeDecodeError)" in caplog.text
     assert "Exception in callback" not in caplog.text
 
 
@@ -199,20 +230,11 @@ def test_several_packets_in_one_tls_record_are_all_read(tmp_path):
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    connack, suback = b"\x20\x03\x00\x00\x00", b"\x90\x04\x00\x01\x00\x01"
     publishes = [b"\x30\x05\x00\x01t\x00%d" % i for i in range(5)]
-
-    async def talk(reader, writer):
-        await reader.readuntil(b"offline")  # the end of our CONNECT, its will
-        writer.write(connack)
-        await reader.readuntil(b"er/v1/home/c/rsp")  # of our SUBSCRIBE
-        writer.write(suback + b"".join(publishes))
-        await reader.read()
-        writer.close()
 
     async def scenario():
         got = asyncio.Queue()
-        server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=context)
+        server = await asyncio.start_server(scripted(b"".join(publishes)), "127.0.0.1", 0, ssl=context)
         url = f"mqtts://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         link = Connection(
             Broker(url, "c", ca_file=str(tmp_path / "ca.pem")),
