@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cloud_fallback.config import CloudConfig
+from cloud_fallback.config import CloudConfig, RequestSettings
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.core.errors import RefusalKind, refusal
 from edge_runtime.core.messages import Answer, InferRequest, Signature, Tensor, TensorSpec
@@ -266,4 +266,4 @@ def test_draining_ends_in_time_whatever_runs():
         assert asyncio.get_running_loop().time() - began_s == pytest.approx(4.0, abs=0.1)
         assert not rig.worker._tasks
 
-    in_rig(scenario, drain_s=4.0)
+    in_rig(scenario, requests=RequestSettings(drain_s=4.0))
