@@ -1,7 +1,6 @@
 """Whose bundles are loaded, and which versions of them; both tiers use it."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import msgspec
 from edge_runtime.bundles.folder import Trust, development_key
 from edge_runtime.bundles.rollback import Seen, admit
 from edge_runtime.core.errors import ConfigError
+from edge_runtime.storage.files import write_durably
 
 _log = logging.getLogger(__name__)
 _MAX_KEY_BYTES = 4096
@@ -67,43 +67,6 @@ class VersionRecord:
                 _log.warning("event=version_record_not_kept path=%s error=%s", self._path, error.strerror)
 
 
-def record_path(setting: str, program: str) -> Path | None:
-    """Where `program` keeps its record; see `state_path`."""
-    return state_path(setting, program, "versions.json")
-
-
-def state_path(setting: str, program: str, file: str) -> Path | None:
-    """Where `program` keeps `file` of its state: a path, None for "off".
-
-    "auto" is $STATE_DIRECTORY (set by systemd), else $XDG_STATE_HOME, else ~/.local/state, as the XDG base
-    directory specification has it.
-    """
-    if setting == "off":
-        return None
-    if setting != "auto":
-        return Path(setting)
-    if folder := os.environ.get("STATE_DIRECTORY"):
-        return Path(folder.split(":")[0]) / file
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / program / file
-
-
 def trials_path(record: Path | None) -> Path | None:
     """Where what came of trials is kept: beside the record of versions, and like it not at all for None."""
     return None if record is None else record.with_suffix(".trials.json")
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Old or new after a power cut, never half: write aside, sync, rename, sync the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

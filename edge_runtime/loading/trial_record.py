@@ -13,11 +13,11 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.bundles.folder import Bundle
-from edge_runtime.bundles.trust import write_durably
 from edge_runtime.core.errors import BundleError
 from edge_runtime.engines.build import engine_version
 from edge_runtime.loading.sandbox import Attempt, Ended, Limits, is_possible
 from edge_runtime.loading.sandbox_messages import Report, Verdict
+from edge_runtime.storage.files import write_durably
 
 _log = logging.getLogger(__name__)
 _MAX_FAILURES = 2

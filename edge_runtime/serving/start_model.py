@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from edge_runtime.bundles.folder import Trust
-from edge_runtime.bundles.trust import VersionRecord, read_trust, record_path, trials_path
+from edge_runtime.bundles.trust import VersionRecord, read_trust, trials_path
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.core.scheduling.windows import Policy
@@ -14,6 +14,7 @@ from edge_runtime.engines import Engine
 from edge_runtime.loading.model import Model, load_engine, load_model_soon
 from edge_runtime.loading.trial_record import FirstLoads
 from edge_runtime.serving.model_runner import ModelRunner
+from edge_runtime.storage.files import record_path
 
 
 @dataclass(frozen=True, slots=True)

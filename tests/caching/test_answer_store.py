@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.caching.answer_store import AnswerStore, Moment, StoreUnfit, read_or_make_secret
+from edge_runtime.caching.answer_store import AnswerStore, Moment
 from edge_runtime.caching.outcome_codec import decode_outcome, encode_outcome
 from edge_runtime.core.messages import Answer, Origin, Reason
 from edge_runtime.core.outcome import Outcome
@@ -393,21 +393,6 @@ def test_a_file_that_cannot_be_written_turns_it_off(tmp_path):
     assert out.startswith("off ")
     assert errors.count("answer_store_off") == 1
     assert path.read_bytes() == before
-
-
-def test_a_secret_that_others_can_read_or_that_is_cut_is_refused(tmp_path):
-    path = tmp_path / "secret"
-    secret = read_or_make_secret(path)
-    assert len(secret) == 32
-    assert read_or_make_secret(path) == secret
-    assert [p.name for p in tmp_path.iterdir()] == ["secret"]
-    path.chmod(0o640)
-    with pytest.raises(StoreUnfit, match="chmod 600"):
-        read_or_make_secret(path)
-    path.chmod(0o600)
-    path.write_bytes(secret[:31])
-    with pytest.raises(StoreUnfit, match="32 bytes"):
-        read_or_make_secret(path)
 
 
 def test_a_look_up_waits_no_longer_than_it_may(tmp_path):
