@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from edge_runtime.bundles.folder import find_bundle, load_bundle
-from edge_runtime.loading.trial_record import FirstLoads
+from edge_runtime.loading.quarantine import Quarantine
 from tests.processes import EDGE, running
 
 #: `make soak` looks fifty times as long. Machines are shared: no example has a time limit.
@@ -77,9 +77,9 @@ def passed_trials(request, tmp_path_factory):
     folder = cache.mkdir("trials") if cache else tmp_path_factory.mktemp("trials")
     path = folder / f"onnxruntime-{runner}.trials.json"
     bundle = load_bundle(find_bundle("commands"))
-    first_loads = FirstLoads(path)
-    if first_loads.report_of(bundle.digest) is None:
-        first_loads.admit(bundle, threads=1, max_batch=bundle.manifest.batch.max)
+    quarantine = Quarantine(path)
+    if quarantine.report_of(bundle.digest) is None:
+        quarantine.admit(bundle, threads=1, max_batch=bundle.manifest.batch.max)
     return path
 
 

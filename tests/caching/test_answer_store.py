@@ -1,4 +1,4 @@
-"""The second level of the cache: real files, real faults, and never a wrong answer."""
+"""The disk level of the cache: real files, real faults, and never a wrong answer."""
 
 import asyncio
 import hashlib
@@ -343,7 +343,7 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path, caplog, spoil):
     assert before is None or path.read_bytes() == before
 
 
-def test_another_schema_of_ours_is_begun_anew(tmp_path):
+def test_a_file_of_another_schema_is_emptied(tmp_path):
     path = tmp_path / "answers.db"
     run(lambda: fill(path, 3))
     with sqlite3.connect(path) as database:

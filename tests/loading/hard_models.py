@@ -1,4 +1,4 @@
-"""Bundles that are hard to load, and what the tests of trials look at."""
+"""Bundles that are hard to load, and the child processes that tests look for."""
 
 import os
 from pathlib import Path
