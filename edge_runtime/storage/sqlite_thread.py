@@ -308,7 +308,10 @@ def _prepare(connection: sqlite3.Connection, file: DatabaseFile) -> None:
     is_empty = owner == 0 and not database.rows("SELECT 1 FROM sqlite_master LIMIT 1")
     if owner != file.application_id and not is_empty:
         raise StorageError(f"the file belongs to another program; {file.foreign_advice}")
-    file.path.chmod(0o600)  # the write-ahead log takes the mode of the file
+    # A write-ahead log takes the mode that the file had when it was first read, a few lines above.
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            file.path.with_name(file.path.name + suffix).chmod(0o600)
     for text in file.file_pragmas:
         database.run(f"PRAGMA {text}")
     if database.pragma("journal_mode = WAL") != "wal":

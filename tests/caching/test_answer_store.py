@@ -138,6 +138,7 @@ def test_the_file_and_its_log_stay_within_the_limit_and_the_oldest_go(tmp_path):
                 store.keep(name(i), "m", random.Random(i).randbytes(4000))
                 if i % 32 == 31:
                     while store.counters["kept"] < i + 1:
+                        assert store.is_on, store.why_off
                         await store.find(name(0), limit_s=5)
                     total = sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix != ".db-shm")
                     assert total <= 4 << 20

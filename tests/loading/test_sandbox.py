@@ -173,6 +173,11 @@ def test_an_endless_model_is_ended_by_its_processor_time(tmp_path):
     refused(folder, Quarantine(None, limits=SHORT), "used more than 1 s of processor time")
 
 
+def test_memory_that_the_system_has_and_the_limit_forbids_is_refused(tmp_path):
+    folder = memory_bomb(tmp_path / "bomb", side=2**13)  # 256 MiB
+    refused(folder, Quarantine(None, limits=Limits(memory_bytes=100 << 20)), "needed more than 105 MB")
+
+
 def test_a_silent_model_is_ended_by_the_clock(tmp_path):
     folder = endless_loop(tmp_path / "endless")
     refused(folder, Quarantine(None, limits=Limits(wall_s=0.2)), r"did not answer within 0\.2 s")
@@ -312,6 +317,11 @@ def runs_in_no_folder(pid):
     return str(Path(f"/proc/{pid}/cwd").readlink()).endswith("(deleted)")
 
 
+def address_space(pid):
+    (line,) = [x for x in Path(f"/proc/{pid}/limits").read_text().splitlines() if "address space" in x]
+    return line.removeprefix("Max address space").strip()
+
+
 def test_a_daemon_that_is_stopped_ends_the_sandbox(tmp_path):
     process, child = serving(tmp_path)
     process.terminate()
@@ -323,9 +333,11 @@ def test_a_daemon_that_is_stopped_ends_the_sandbox(tmp_path):
 def test_a_killed_daemon_leaves_nothing(tmp_path):
     before = folders()
     process, child = serving(tmp_path)
+    # Its memory is limited: its runner is imported, the model is in its pipe, and running that never ends.
+    wait_for(lambda: not address_space(child).startswith("unlimited"), process)
     process.kill()
     process.communicate(timeout=30)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 15  # before its limit of processor time
     while is_alive(child):
         assert time.monotonic() < until
     assert folders() <= before
@@ -424,7 +436,7 @@ def test_a_dependent_model_is_said_aloud_once(tmp_path, caplog):
     assert model.batch_note == model.info.batch_note
 
 
-def test_unsigned_trials_are_of_unsigned_bundles_alone(tmp_path, tiny, no_child_starts):
+def test_passing_the_sandbox_replaces_no_signature(tmp_path, tiny, no_child_starts):
     """Nothing reaches a child before its signature held."""
     no_child_starts()
     config = Config(models=(str(tiny),), server=QUIET, trust=TrustSettings(record="off"))

@@ -2,7 +2,9 @@
 
 import asyncio
 import sqlite3
+import stat
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -143,7 +145,8 @@ def test_a_batch_that_fails_leaves_nothing_of_itself(tmp_path):
 def test_a_caller_that_is_cancelled_harms_no_other(tmp_path):
     async def scenario():
         numbers = Numbers(tmp_path / "db")
-        gate = threading.Event()
+        gate, unhandled = threading.Event(), []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
         first = numbers.thread.submit(lambda database: gate.wait(30))
         second = numbers.thread.submit(lambda database: 2)
         numbers.thread.start()
@@ -151,8 +154,28 @@ def test_a_caller_that_is_cancelled_harms_no_other(tmp_path):
         gate.set()
         assert await second == 2
         await numbers.thread.close()
+        assert unhandled == []
 
     run(scenario)
+
+
+def test_the_file_its_log_and_its_folder_are_for_this_user_alone(tmp_path, monkeypatch):
+    path = tmp_path / "state" / "db"
+
+    async def modes():
+        numbers = Numbers(path)
+        numbers.thread.start()
+        await numbers.all()
+        found = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (path.parent, *path.parent.iterdir())}
+        await numbers.thread.close()
+        return found
+
+    wanted = {"state": 0o700, "db": 0o600, "db-wal": 0o600, "db-shm": 0o600}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "chmod", lambda *_: None)  # the mode is right from the first moment
+        assert run(modes) == wanted
+    path.chmod(0o644)
+    assert run(modes) == wanted
 
 
 def test_the_schema_is_brought_up_once_from_the_version_found(tmp_path):
