@@ -81,7 +81,13 @@ GUARDS = [
         "os.O_NOFOLLOW | os.O_CLOEXEC, 0o640",
         THREAD_TESTS,
     ),
-    ("and stays so if it was not", SQLITE_THREAD, XX, "    pass", THREAD_TESTS),
+    (
+        "and stays so if it was not",
+        SQLITE_THREAD,
+        "            file.path.with_name(file.path.name + suffix).chmod(0o600)\n",
+        "            pass\n",
+        THREAD_TESTS,
+    ),
     (
         "no link is followed to the file",
         SQLITE_THREAD,
