@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.bundles.trust import state_path
 from edge_runtime.config import Config, device_id, load_config
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.messages import InferReply, InferRequest
@@ -25,6 +24,7 @@ from edge_runtime.serving.start_model import (
 )
 from edge_runtime.settings import policy_of, queue_limits_of
 from edge_runtime.status import status_of
+from edge_runtime.storage.files import state_path
 
 if TYPE_CHECKING:
     from edge_runtime.caching.answer_store import AnswerStore

@@ -78,16 +78,16 @@ def free_port():
 def passed_trials(request, tmp_path_factory):
     """The trial of the shipped edge bundle, made once per version of the runner and kept between runs."""
     from edge_runtime.bundles.folder import find_bundle, load_bundle
-    from edge_runtime.loading.trial_record import FirstLoads
+    from edge_runtime.loading.quarantine import Quarantine
 
     runner = importlib.metadata.version("onnxruntime")
     cache = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
     folder = cache.mkdir("trials") if cache else tmp_path_factory.mktemp("trials")
     path = folder / f"onnxruntime-{runner}.trials.json"
     bundle = load_bundle(find_bundle("commands"))
-    first_loads = FirstLoads(path)
-    if first_loads.report_of(bundle.digest) is None:
-        first_loads.admit(bundle, threads=1, max_batch=bundle.manifest.batch.max)
+    quarantine = Quarantine(path)
+    if quarantine.report_of(bundle.digest) is None:
+        quarantine.admit(bundle, threads=1, max_batch=bundle.manifest.batch.max)
     return path
 
 

@@ -21,7 +21,7 @@ OWNERS = {
     "httptools": "edge_runtime.server.http11",
     "cryptography": "edge_runtime.bundles.signing",
     "rich": "edge_runtime.cli.tables",
-    "sqlite3": "edge_runtime.caching.answer_store",
+    "sqlite3": "edge_runtime.storage.sqlite_thread",
     "tokenizers": "edge_runtime.processing.wordpiece",
     "prometheus_client": "edge_runtime.metrics",
     "uvloop": "edge_runtime.daemon",

@@ -1,8 +1,8 @@
 """Model bundles: a folder of `manifest.json`, its signature and zstd payloads, verified before use.
 
-Order of trust: the manifest's signature, names and sizes, then the digest of the stored bytes, then capped decompression, then the
-digest of the plain bytes; only then may anything parse a payload. What is returned are the very bytes that
-were verified, so a file swapped afterwards changes nothing. This module knows nothing of models or tasks.
+Order of trust: the manifest's signature, names and sizes, then the digest of the stored bytes, then capped
+decompression, then the digest of the plain bytes; only then may anything parse a payload. `load_bundle` returns the
+bytes that were verified, so a file exchanged afterwards changes nothing. This module knows nothing of models or tasks.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _PACKAGE = Path(__file__).parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Whose bundles are loaded: public keys in PEM. Unsigned ones only where that is said."""
+    """Which bundles are loaded: those signed with one of `keys` (public, in PEM); unsigned ones if `allow_unsigned`."""
 
     keys: tuple[bytes, ...]
     allow_unsigned: bool = False
@@ -39,7 +39,7 @@ class Trust:
 class Bundle:
     """A verified bundle. `files` maps payload names to plain bytes; `digest` is the manifest's sha256 in hex.
 
-    `signed_by` is the id of the trusted key that signed, or None where no signature was asked for or needed.
+    `signed_by` is the id of the trusted key that signed; None if no signature was checked or required.
     """
 
     manifest: Manifest
@@ -53,8 +53,8 @@ def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the folder of a bundle.
 
     A bare name is looked up among the bundles of the installed package, then in the `models/` of a source
-    checkout. Text with a path separator is a path, and so is each `Path`, even one of a single level: it was found
-    before, and must not be taken for a name. Raises BundleError if absent.
+    checkout. Text with a path separator is a path, and so is every `Path`, even one of a single level, because it
+    was the result of an earlier search. Raises BundleError if absent.
     """
     given = os.fspath(name_or_path)
     if os.sep in given or isinstance(name_or_path, Path):
@@ -83,7 +83,8 @@ def load_bundle(path: str | os.PathLike[str], trust: Trust | None = None) -> Bun
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise BundleError(f"{where} cannot be opened ({error.strerror}); give a readable folder") from None
-    # Installers may hardlink package files from their cache (uv does); elsewhere a second name is foul play.
+    # Installers may hard-link package files from their cache (uv does); elsewhere a second name of a file means that
+    # somebody can change it from outside the bundle.
     may_be_linked = path.resolve().parent == _packaged_folder().resolve()
     try:
         raw = _read(folder, MANIFEST, MAX_MANIFEST_BYTES, where, may_be_linked)
@@ -117,7 +118,7 @@ def write_bundle(
 
 
 def _write_bundle(path: Path, fresh: Path, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> Bundle:
-    fresh.chmod(0o755)  # a temporary folder is its owner's alone
+    fresh.chmod(0o755)  # mkdtemp makes folders that only their owner may read
     entries = []
     for name, plain in sorted(files.items()):
         # Level 19 looks for matches of three bytes, which costs quantised weights 3 to 7 % against level 16.
@@ -150,19 +151,19 @@ def pack_folder(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
         files = {name: (source / name).read_bytes() for name in names if name != MANIFEST}
     except OSError as error:
         raise BundleError(
-            f"{where} cannot be read ({error.strerror}); it must hold {MANIFEST} and the payloads"
+            f"{where} cannot be read ({error.strerror}); it must contain {MANIFEST} and the payloads"
         ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{where}: {MANIFEST} cannot be read ({error}); mend it") from None
+        raise BundleError(f"{where}: {MANIFEST} cannot be read ({error}); repair it") from None
     if Path(out).exists() and not (Path(out) / MANIFEST).is_file():
-        raise BundleError(f"{Path(out).name!r} exists and is no bundle; choose another place")
+        raise BundleError(f"{Path(out).name!r} exists and is no bundle; choose another folder")
     computed = {"format", "files"}
     return write_bundle(out, {key: fields[key] for key in fields if key not in computed}, files)
 
 
 def sign_bundle(path: str | os.PathLike[str], private_pem: bytes) -> Bundle:
-    """Sign a bundle whose digests hold, replacing earlier signatures. Raises BundleError."""
-    from edge_runtime.bundles.signing import sign  # noqa: PLC0415 - see there what it costs
+    """Sign a bundle after its digests were verified; earlier signatures are replaced. Raises BundleError."""
+    from edge_runtime.bundles.signing import sign  # noqa: PLC0415 - its library takes 9.5 MB
 
     path = Path(path)
     bundle = load_bundle(path)

@@ -1,6 +1,6 @@
-"""What `manifest.json` of a bundle says, as types, and the checks that types cannot express.
+"""`manifest.json` of a bundle as types, and the checks that types cannot express.
 
-Parsed only after its signature held; this module opens no file.
+It is parsed only after its signature was verified; this module opens no file.
 """
 
 import re
@@ -20,7 +20,7 @@ MAX_BINS = 32
 MAX_BATCH = 1024
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-#: A bundle holds data, not programs: whatever else a file is called, it ends in one of these.
+#: A bundle holds data, not programs: the name of each file ends in one of these.
 _SUFFIXES = (".onnx", ".tflite", ".json", ".txt", ".bin")
 
 
@@ -33,7 +33,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
 
 
 class SignatureEntry(msgspec.Struct, frozen=True):
-    """What the task promises."""
+    """Inputs and outputs of the task."""
 
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
@@ -51,7 +51,7 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class ProcessingEntry(msgspec.Struct, frozen=True):
-    """Which steps of the closed list in `processing` turn inputs into tensors and outputs into answers."""
+    """Which step of the closed list in `processing` turns inputs into tensors and outputs into answers."""
 
     kind: str
     version: str
@@ -59,7 +59,7 @@ class ProcessingEntry(msgspec.Struct, frozen=True):
 
 
 class BatchEntry(msgspec.Struct, frozen=True):
-    """What the maker of the bundle claims; the loader tests it before believing."""
+    """The batches that the maker of the bundle claims to be safe; the loader tests the claim."""
 
     max: int
     invariant: bool
@@ -82,10 +82,10 @@ class CertificateEntry(msgspec.Struct, frozen=True):
 
 
 class FusionEntry(msgspec.Struct, frozen=True):
-    """How an escalated answer joins both tiers: the sum of weighted log-probabilities, then the largest softmax
+    """How the scores of both tiers are fused: the sum of weighted log-probabilities, then the largest softmax
     value through `knots` (score, probability of being right).
 
-    Fitted for one cloud model; replies of any other version are taken as they are.
+    Fitted for one version of the cloud's model; replies of any other version are used without fusion.
     """
 
     cloud_version: str
@@ -97,7 +97,8 @@ class FusionEntry(msgspec.Struct, frozen=True):
 class CalibrationEntry(msgspec.Struct, frozen=True):
     """Logits -> temperature -> score -> knots (score, probability of being right).
 
-    The score is the largest softmax value; "in_scope" multiplies it by what the label "oos" leaves over. `bins` are (largest score, right, wrong) counts, the prior of online learning. `data_sha256` is over the
+    The score is the largest softmax value; "in_scope" multiplies it by 1 minus the softmax value of the label "oos".
+    `bins` are counts (largest score, right, wrong), the prior of online learning. `data_sha256` is over the
     calibration rows, `date` is ISO 8601.
     """
 

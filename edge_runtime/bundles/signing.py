@@ -1,11 +1,11 @@
 """Ed25519 signatures over manifests; the only module that imports `cryptography`.
 
 A signature file holds one or more records of 16 bytes key id and 64 bytes signature, nothing else, so that
-nothing has to be parsed before it is believed. What is signed is a context word and the manifest's bytes
-exactly as stored (RFC 8032; the context keeps a signature from meaning something elsewhere).
+nothing has to be parsed before the signature is checked. The signed message is a context word and the manifest's bytes
+exactly as stored (RFC 8032; because of the context, the signature is valid for nothing else).
 
-`cryptography` takes 9.5 MB of memory. The runtime therefore has signatures checked in a process of its own,
-which runs this module, and pays for it a tenth of a second instead of for ever.
+`cryptography` takes 9.5 MB of memory. The runtime therefore checks signatures in a child process that runs this
+module: a tenth of a second per bundle instead of memory for the life of the daemon.
 """
 
 import base64
@@ -21,8 +21,8 @@ CONTEXT = b"edge-runtime/bundle/v1\0"
 RECORD_BYTES = 16 + 64
 MAX_RECORDS = 8
 _CHECK_S = 30.0
-#: Public keys of small order: with them a signature can be made to hold for any message (measured with
-#: `cryptography` 50; the list is libsodium's), sign bit cleared.
+#: Public keys of small order, sign bit cleared: for such a key anybody can make a signature that holds for any
+#: message (measured with `cryptography` 50; the list is libsodium's).
 _SMALL_ORDER = frozenset(
     bytes.fromhex(text)
     for text in (
@@ -38,7 +38,7 @@ _SMALL_ORDER = frozenset(
 
 
 def generate() -> tuple[bytes, bytes]:
-    """A new private and its public key, both PEM (PKCS#8 without a password, SubjectPublicKeyInfo)."""
+    """Make a private key and its public key, both PEM (PKCS#8 without a password, SubjectPublicKeyInfo)."""
     from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
 
@@ -49,7 +49,7 @@ def generate() -> tuple[bytes, bytes]:
 
 
 def sign(manifest: bytes, private_pem: bytes) -> bytes:
-    """A signature file with one record. Raises BundleError for what is no Ed25519 private key."""
+    """Return a signature file with one record. Raises BundleError if `private_pem` is no Ed25519 private key."""
     from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
 
@@ -66,7 +66,7 @@ def sign(manifest: bytes, private_pem: bytes) -> bytes:
 
 
 def key_id(public_pem: bytes) -> str:
-    """The name of a public key: 32 hex digits of its SHA-256. Raises BundleError."""
+    """The id of a public key: 32 hex digits of its SHA-256. Raises BundleError."""
     return _id_of(_raw(public_pem)).hex()
 
 
@@ -92,11 +92,11 @@ def verify(manifest: bytes, signatures: bytes, trusted: Sequence[bytes]) -> str:
         except InvalidSignature:
             continue
         return record[:16].hex()
-    raise BundleError("the manifest is not what was signed; copy the bundle again, or sign it anew")
+    raise BundleError("the manifest is not what was signed; copy the bundle again, or sign it again")
 
 
 def verify_apart(manifest: bytes, signatures: bytes, trusted: Sequence[bytes]) -> str:
-    """`verify` in a process of its own; see the module's text. Raises BundleError."""
+    """`verify` in a child process; see the text of the module. Raises BundleError."""
     question = json.dumps([base64.b64encode(part).decode() for part in (manifest, signatures, *trusted)])
     try:
         done = subprocess.run(
@@ -107,7 +107,7 @@ def verify_apart(manifest: bytes, signatures: bytes, trusted: Sequence[bytes]) -
         raise BundleError(f"its signature could not be checked ({error}); try again") from None
     if done.returncode == 0:
         return done.stdout.strip()
-    # 3 is our own sentence; anything else is a failure of the checking process itself.
+    # Exit code 3 comes with a sentence of ours; any other code is a failure of the checking process itself.
     sentence = done.stderr.strip().splitlines()[-1:] or ["the checking process gave no reason"]
     if done.returncode == 3:
         raise BundleError(sentence[0])
@@ -132,7 +132,7 @@ def _raw(public_pem: bytes) -> bytes:
         )
     raw = key.public_bytes(form.Encoding.Raw, form.PublicFormat.Raw)
     if raw[:31] + bytes([raw[31] & 0x7F]) in _SMALL_ORDER:
-        raise BundleError("a trusted key is of small order and would vouch for anything; make another one")
+        raise BundleError("a trusted key is of small order: anybody can sign for it; make another one")
     return raw
 
 

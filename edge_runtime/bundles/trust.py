@@ -1,22 +1,22 @@
-"""Whose bundles are loaded, and which versions of them; both tiers use it."""
+"""Which signing keys are trusted, and the version floors of bundles that ran; both tiers use it."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from edge_runtime.bundles.folder import Trust, development_key
-from edge_runtime.bundles.rollback import Seen, admit
+from edge_runtime.bundles.rollback import VersionFloor, raise_floor
 from edge_runtime.core.errors import ConfigError
+from edge_runtime.storage.files import write_durably
 
 _log = logging.getLogger(__name__)
 _MAX_KEY_BYTES = 4096
 
 
 def read_trust(key_files: Sequence[str], *, allow_unsigned: bool) -> Trust:
-    """Read the keys; without any, the project's development key is the one trusted. Raises ConfigError."""
+    """Read public keys; if `key_files` is empty, only the project's development key is trusted. Raises ConfigError."""
     if allow_unsigned:
         _log.warning("event=unsigned_bundles_allowed")
     if not key_files:
@@ -33,77 +33,35 @@ def read_trust(key_files: Sequence[str], *, allow_unsigned: bool) -> Trust:
     return Trust(tuple(keys), allow_unsigned)
 
 
-class VersionRecord:
-    """The newest versions that ran, in a small file of its own that survives power cuts."""
+class VersionFloors:
+    """The newest versions that ran, in a small file of their own that survives power cuts."""
 
     def __init__(self, path: Path | None) -> None:
-        """Read `path`; None remembers nothing. A file that cannot be read is said aloud and begun anew."""
+        """Read `path`; with None the floors live as long as this object. A damaged file is logged and replaced."""
         self._path = path
-        self._seen: dict[str, Seen] = {}
+        self._floors: dict[str, VersionFloor] = {}
         if path is None:
             return
         try:
-            self._seen = msgspec.json.decode(path.read_bytes(), type=dict[str, Seen])
+            self._floors = msgspec.json.decode(path.read_bytes(), type=dict[str, VersionFloor])
         except FileNotFoundError:
             pass
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            _log.warning("event=version_record_reset path=%s error=%s", path, error)
+            _log.warning("event=version_floors_reset path=%s error=%s", path, error)
 
     def admit(self, name: str, engine: str, version: str, digest: str, signed_by: str | None) -> None:
-        """Refuse an older version with BundleError; remember a newer one. Unsigned bundles have no history.
+        """Refuse an older version with BundleError; raise the floor for a newer one. Unsigned bundles have no floor.
 
-        `engine` is the manifest's word: both formats of one version may run by turns.
+        `engine` is the manifest's word: both formats of one version may run in turn.
         """
         if signed_by is None:
             return
-        now = admit(self._seen, name, engine, Seen(signed_by, int(version), digest))
-        if now == self._seen:
+        floors = raise_floor(self._floors, name, engine, VersionFloor(signed_by, int(version), digest))
+        if floors == self._floors:
             return
-        self._seen = now
+        self._floors = floors
         if self._path is not None:
             try:
-                write_durably(self._path, msgspec.json.encode(now))
+                write_durably(self._path, msgspec.json.encode(floors))
             except OSError as error:
-                _log.warning("event=version_record_not_kept path=%s error=%s", self._path, error.strerror)
-
-
-def record_path(setting: str, program: str) -> Path | None:
-    """Where `program` keeps its record; see `state_path`."""
-    return state_path(setting, program, "versions.json")
-
-
-def state_path(setting: str, program: str, file: str) -> Path | None:
-    """Where `program` keeps `file` of its state: a path, None for "off".
-
-    "auto" is $STATE_DIRECTORY (set by systemd), else $XDG_STATE_HOME, else ~/.local/state, as the XDG base
-    directory specification has it.
-    """
-    if setting == "off":
-        return None
-    if setting != "auto":
-        return Path(setting)
-    if folder := os.environ.get("STATE_DIRECTORY"):
-        return Path(folder.split(":")[0]) / file
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / program / file
-
-
-def trials_path(record: Path | None) -> Path | None:
-    """Where what came of trials is kept: beside the record of versions, and like it not at all for None."""
-    return None if record is None else record.with_suffix(".trials.json")
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Old or new after a power cut, never half: write aside, sync, rename, sync the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+                _log.warning("event=version_floors_not_saved path=%s error=%s", self._path, error.strerror)

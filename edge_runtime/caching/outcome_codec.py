@@ -1,4 +1,4 @@
-"""Outcomes to bytes and back, for the level of the cache that outlives the process."""
+"""Outcomes to bytes and back, for the disk level of the cache."""
 
 import msgspec
 import numpy as np
@@ -27,7 +27,7 @@ _decoder = msgspec.msgpack.Decoder(_Kept)
 
 
 def encode_outcome(outcome: Outcome) -> bytes:
-    """The bytes of what may be kept: answer, reason and the cloud's version. Arrays come back bit-equal."""
+    """Encode answer, reason and the cloud's version; times are left out. Arrays come back bit-equal."""
     answer = outcome.answer
     return _encoder.encode(
         _Kept(
@@ -42,7 +42,7 @@ def encode_outcome(outcome: Outcome) -> bytes:
 
 
 def decode_outcome(raw: bytes) -> Outcome:
-    """The inverse of `encode_outcome`, as kept. Raises ValueError for bytes that are not one."""
+    """Decode what `encode_outcome` wrote, as a cache hit. Raises ValueError for other bytes."""
     try:
         kept = _decoder.decode(raw)
         extras = tuple(np.asarray(_unpack(value)) for value in kept.extras)

@@ -31,11 +31,11 @@ def models_list(config_path: Path | None, as_json: bool) -> None:
 
     rows = []
     config = load_config(config_path)
-    first_loads = admission_of(config).first_loads
+    quarantine = admission_of(config).quarantine
     for name in config.models:
         bundle = load_bundle(find_bundle(name))
         manifest = bundle.manifest
-        report = first_loads.report_of(bundle.digest)
+        report = quarantine.report_of(bundle.digest)
         rows.append(
             {
                 "name": manifest.name,
@@ -80,7 +80,7 @@ def models_show(bundle: str, config_path: Path | None, as_json: bool) -> None:
         bundle,
         threads=config.threads,
         max_batch=config.batch.max,
-        first_loads=admission_of(config).first_loads,
+        quarantine=admission_of(config).quarantine,
     )
     tree = msgspec.to_builtins(model.manifest)
     tree["digest"] = model.digest
@@ -124,9 +124,9 @@ def models_verify(bundle: str, again: bool, config_path: Path | None, as_json: b
     if again:
         from edge_runtime.runtime import admission_of
 
-        first_loads = admission_of(config).first_loads
-        first_loads.forget(loaded.digest)
-        first_loads.admit(loaded, threads=config.threads, max_batch=min(manifest.batch.max, config.batch.max))
+        quarantine = admission_of(config).quarantine
+        quarantine.release(loaded.digest)
+        quarantine.admit(loaded, threads=config.threads, max_batch=min(manifest.batch.max, config.batch.max))
     result = {
         "name": manifest.name,
         "version": manifest.version,

@@ -9,6 +9,7 @@
     ├── EngineFailed          the model raised, hung or returned nonsense      500
     ├── CloudError            the cloud tier answered with an error            502
     ├── BundleError           a model bundle is corrupt, foreign or unfit      exit 1
+    ├── StorageError          a file of the device's state cannot be used      exit 1
     └── ConfigError           a configuration cannot be used: file, key, fix   exit 2
 
 The numbers at the right are the HTTP status (or exit code) that answers the error; the server and the command line map
@@ -85,6 +86,10 @@ class CloudError(EdgeRuntimeError):
 
 class BundleError(EdgeRuntimeError):
     """A model bundle is corrupt, truncated, foreign or does not fit this device."""
+
+
+class StorageError(EdgeRuntimeError):
+    """A file of the device's state cannot be used; the message says why and how to repair it."""
 
 
 class ConfigError(EdgeRuntimeError):

@@ -13,8 +13,8 @@ from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import LatencyProfile, ModelInfo
 from edge_runtime.engines import Engine
 from edge_runtime.loading.prepare import measure_latency_profile, prepare, unfit
+from edge_runtime.loading.quarantine import Quarantine
 from edge_runtime.loading.sandbox_messages import Report
-from edge_runtime.loading.trial_record import FirstLoads
 from edge_runtime.processing import Processor
 
 _log = logging.getLogger(__name__)
@@ -73,18 +73,18 @@ def load_model(
     threads: int = 1,
     trust: Trust | None = None,
     max_batch: int | None = None,
-    first_loads: FirstLoads | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Model:
     """Find, verify, try and load a bundle.
 
     `threads` is what the engine uses inside one operator; `trust` says whose signature is asked for;
-    `max_batch` bounds what the bundle allows. Without `first_loads` the bundle is loaded untried: for tools
+    `max_batch` bounds what the bundle allows. Without `quarantine` the bundle is loaded untried: for tools
     that have just made it. Raises BundleError.
     """
     bundle = load_bundle(find_bundle(name_or_path), trust)
     report = None
-    if first_loads is not None:
-        report = first_loads.admit(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
+    if quarantine is not None:
+        report = quarantine.admit(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
     return build_model(bundle, threads=threads, max_batch=max_batch, report=report)
 
 
@@ -94,11 +94,11 @@ async def load_model_soon(
     threads: int,
     trust: Trust,
     max_batch: int,
-    first_loads: FirstLoads,
+    quarantine: Quarantine,
 ) -> Model:
     """As `load_model`; a trial does not hold up the event loop and ends with its caller."""
     bundle = load_bundle(find_bundle(name_or_path), trust)
-    report = await first_loads.admit_soon(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
+    report = await quarantine.admit_async(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
     return build_model(bundle, threads=threads, max_batch=max_batch, report=report)
 
 

@@ -1,7 +1,7 @@
-"""One trial of a model: a child with limits, an empty working folder and nothing inherited loads and runs it.
+"""One sandboxed load: a child with limits, an empty working folder and nothing inherited loads and runs a model.
 
 A model file is parsed by a runner of a million lines, and running it may take all memory or never end. In a child
-that costs an error message; in the daemon it would cost the device.
+such a file costs an error message; in the daemon it would cost the device.
 """
 
 import os
@@ -20,33 +20,33 @@ import msgspec
 
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError
-from edge_runtime.loading.sandbox_messages import READY, Question, Verdict
+from edge_runtime.loading.sandbox_messages import READY, ProbeRequest, ProbeResult
 
 _MAX_OUTPUT_BYTES = 64 * 1024
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[1:]; from edge_runtime.loading.sandbox_child import main; main()"
 )
-#: Where system libraries are found differs (Jetson, Nix); nothing else of the environment is the model's business.
+#: Systems differ in where libraries are found (Jetson, Nix); the child gets nothing else of the environment.
 _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")
-#: One pool of memory and no idle threads: each would map 64 MiB it never uses.
+#: One memory arena and no idle threads: each would map 64 MiB that it never uses.
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _OUT_OF_MEMORY = (b"bad_alloc", b"memory allocation of", b"MemoryError")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a trial may take at most. `memory_bytes` is beside the runner's own; None: by the size of the payloads."""
+    """What the child may use at most. `memory_bytes` is beyond the runner's own; None: by the size of the payloads."""
 
     cpu_s: int = 30
     wall_s: float = 60.0
     memory_bytes: int | None = None
 
     def memory_for(self, files: Mapping[str, bytes], threads: int, max_batch: int) -> int:
-        """How much may be mapped to load `files` and to run them.
+        """Bytes that may be mapped to load `files` and to run them.
 
         Int8 weights that a graph widens once are held six times: file, copy, four bytes for each. An encoder
-        with rows of 64 tokens took 8.8 MB for each row of a batch, a small model nothing that counts; the runner's
-        own start takes 10 MB, and a thread its stack.
+        with rows of 64 tokens took 8.8 MB for each row of a batch, a small model next to nothing; the start of the
+        runner takes 10 MB, and each thread a stack.
         """
         if self.memory_bytes is not None:
             return self.memory_bytes
@@ -55,7 +55,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The child did not come back with an answer; `reason` completes "the model ..."."""
+    """The child ended without a result; `reason` completes the sentence "the model ..."."""
 
     reason: str
     is_memory: bool = False
@@ -66,7 +66,7 @@ def is_possible() -> bool:
     return sys.platform != "win32"
 
 
-class Attempt:
+class SandboxedLoad:
     """One child. `run` from one thread, `kill` from any."""
 
     def __init__(
@@ -83,12 +83,12 @@ class Attempt:
         self._is_killed = False
         self._is_late = False
 
-    def run(self) -> Verdict | Ended:
-        """Start the child, hand it the bundle, wait for its answer; it is gone when this returns or raises.
+    def run(self) -> ProbeResult | Ended:
+        """Start the child, send it the bundle, wait for its result. The child has ended when this returns or raises.
 
         Raises BundleError where no child can be started.
         """
-        with tempfile.TemporaryDirectory(prefix="edge-runtime-trial-") as folder:
+        with tempfile.TemporaryDirectory(prefix="edge-runtime-sandbox-") as folder:
             child = self._start(folder)
             clock = threading.Timer(self._limits.wall_s, self._be_late)
             feeder = threading.Thread(target=self._feed, args=(child.stdin,), daemon=True)
@@ -111,14 +111,14 @@ class Attempt:
         return self._read(output, child.returncode)
 
     def kill(self) -> None:
-        """End the child now, or as soon as it is started; `run` then returns Ended."""
+        """Kill the child now, or as soon as it starts; `run` then returns Ended."""
         with self._lock:
             self._is_killed = True
             if self._child is not None:
                 self._child.kill()
 
     def _start(self, folder: str) -> "subprocess.Popen[bytes]":
-        # The same code as here, and nothing from the working folder or the user's own packages.
+        # The same packages as here, and none from the working folder or the user's own site.
         paths = [
             str(Path(__file__).parent.parent.parent),
             *(path for path in sys.path if Path(path).is_absolute()),
@@ -133,7 +133,7 @@ class Attempt:
                 )  # fmt: skip
             except OSError as error:
                 raise BundleError(
-                    f"bundle {self._manifest.name!r}: its first load could not be tried ({error.strerror}); try again"
+                    f"bundle {self._manifest.name!r}: its first load could not be started ({error.strerror}); try again"
                 ) from None
             if self._is_killed:
                 self._child.kill()
@@ -145,34 +145,34 @@ class Attempt:
 
     def _feed(self, pipe: IO[bytes]) -> None:
         sizes = {name: len(plain) for name, plain in self._files.items()}
-        question = Question(
+        request = ProbeRequest(
             self._manifest, sizes, self._threads, self._max_batch, self.memory_bytes,
             self._limits.cpu_s, self._limits.wall_s, os.getpid(),
         )  # fmt: skip
-        with suppress(OSError), pipe:  # a child that ended early says why itself
-            pipe.write(msgspec.json.encode(question) + b"\n")
+        with suppress(OSError), pipe:  # the output of a child that ended early says why
+            pipe.write(msgspec.json.encode(request) + b"\n")
             for plain in self._files.values():
                 pipe.write(plain)
 
-    def _read(self, output: bytes, code: int) -> Verdict | Ended:
+    def _read(self, output: bytes, code: int) -> ProbeResult | Ended:
         megabytes = f"{self.memory_bytes / 1e6:.0f} MB"
         if self._is_late:
             return Ended(f"did not answer within {self._limits.wall_s:g} s")
         if READY not in output and not self._is_killed:
             last = output.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"exit code {code}"]
             raise BundleError(
-                f"bundle {self._manifest.name!r}: its first load could not be tried ({last[0][:200]}); "
+                f"bundle {self._manifest.name!r}: its first load could not be started ({last[0][:200]}); "
                 "repair the installation"
             )
         if code == 0:
             try:
-                verdict = msgspec.json.decode(output.rpartition(b"ready\n")[2].splitlines()[-1], type=Verdict)
+                result = msgspec.json.decode(
+                    output.rpartition(b"ready\n")[2].splitlines()[-1], type=ProbeResult
+                )
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
                 return Ended("left without an answer")
             return (
-                Ended(f"needed more than {megabytes} of memory", True)
-                if verdict.is_out_of_memory
-                else verdict
+                Ended(f"needed more than {megabytes} of memory", True) if result.is_out_of_memory else result
             )
         if code == -signal.SIGXCPU:
             return Ended(f"used more than {self._limits.cpu_s} s of processor time")

@@ -1,6 +1,6 @@
-"""The child in which a model is loaded and run for the first time: it limits itself, tries, and reports.
+"""The child of the sandbox: it limits itself, loads and runs a model, and reports the result.
 
-Started by `sandbox` with the bundle on standard input; imported by nothing else at run time. Linux and macOS only.
+`sandbox` starts it with the bundle on standard input; nothing else imports it at run time. Linux and macOS only.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.engines.build import engine_version
 from edge_runtime.loading.prepare import measure_latency_profile, prepare, run_every_shape, unfit
-from edge_runtime.loading.sandbox_messages import READY, Question, Report, Verdict
+from edge_runtime.loading.sandbox_messages import READY, ProbeRequest, ProbeResult, Report
 
 _PDEATHSIG = 1  # of prctl(2)
-#: How runners say that memory was refused: C++, ONNX Runtime's allocators, Rust.
+#: The words with which runners report that memory was refused: C++, the allocators of ONNX Runtime, Rust.
 _NO_MEMORY = (
     "bad_alloc",
     "bad allocation",
@@ -33,31 +33,31 @@ _NO_MEMORY = (
 
 
 def main() -> None:
-    """Answer the question on standard input."""
-    question = msgspec.json.decode(sys.stdin.buffer.readline(), type=Question)
-    limit_process(question)
+    """Serve the one request on standard input."""
+    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=ProbeRequest)
+    limit_process(request)
     with suppress(OSError):
-        Path.cwd().rmdir()  # nothing can be made in it now, nor is it left behind by a parent that was killed
-    engine_version(question.manifest.engine)  # imports the runner, which is not the model's cost
+        Path.cwd().rmdir()  # no file can be made in it now, and a parent that is killed leaves no folder behind
+    engine_version(request.manifest.engine)  # imports the runner, whose memory is no cost of the model
     before_bytes = resident_bytes()
-    limit_memory(question.memory_bytes)
+    limit_memory(request.memory_bytes)
     os.write(1, READY)
-    files = {name: sys.stdin.buffer.read(size) for name, size in question.sizes.items()}
+    files = {name: sys.stdin.buffer.read(size) for name, size in request.sizes.items()}
     sys.stdin.close()
-    verdict = attempt(
-        question.manifest,
+    result = probe(
+        request.manifest,
         files,
-        threads=question.threads,
-        max_batch=question.max_batch,
+        threads=request.threads,
+        max_batch=request.max_batch,
         before_bytes=before_bytes,
     )
-    os.write(1, msgspec.json.encode(verdict) + b"\n")
-    os._exit(0)  # whatever the model left behind must not run at exit
+    os.write(1, msgspec.json.encode(result) + b"\n")
+    os._exit(0)  # no exit handler or thread that the model left behind may run
 
 
-def attempt(
+def probe(
     manifest: Manifest, files: Mapping[str, bytes], *, threads: int, max_batch: int, before_bytes: int
-) -> Verdict:
+) -> ProbeResult:
     """Load and run a model in this process, as the daemon would and in every shape and batch it may."""
     try:
         started_ns = time.perf_counter_ns()
@@ -69,9 +69,13 @@ def attempt(
         except EngineFailed as error:
             raise unfit(manifest, error) from error
     except (BundleError, MemoryError) as error:
-        return Verdict(is_out_of_memory=True) if _is_out_of_memory(error) else Verdict(refusal=str(error))
+        return (
+            ProbeResult(is_out_of_memory=True)
+            if _is_out_of_memory(error)
+            else ProbeResult(refusal=str(error))
+        )
     engine = prepared.engine
-    return Verdict(
+    return ProbeResult(
         Report(
             load_ns=load_ns,
             memory_bytes=max(0, peak_bytes() - before_bytes),
@@ -84,7 +88,7 @@ def attempt(
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was refused somewhere below: our own sentences shorten the runners'."""
+    """Whether any cause of `error` is refused memory: our own sentences cut the runner's words."""
     while error is not None:
         if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
             return True
@@ -92,25 +96,25 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def limit_process(question: Question) -> None:
-    """Bound processor and wall time, files and descriptors, and end with the parent."""
-    _limit(resource.RLIMIT_CPU, question.cpu_s, question.cpu_s + 1)
+def limit_process(request: ProbeRequest) -> None:
+    """Bound processor and wall time, files and descriptors; the kernel ends this process with its parent."""
+    _limit(resource.RLIMIT_CPU, request.cpu_s, request.cpu_s + 1)
     _limit(resource.RLIMIT_FSIZE, 0, 0)
     _limit(resource.RLIMIT_CORE, 0, 0)
     _limit(resource.RLIMIT_NOFILE, 64, 64)
     for number in (signal.SIGALRM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM, signal.SIGXCPU))
-    # The parent's own clock comes first; this one is for a child whose parent was killed.
-    signal.setitimer(signal.ITIMER_REAL, question.wall_s + 1)
+    # The clock of the parent is earlier; this one is for a child whose parent was killed.
+    signal.setitimer(signal.ITIMER_REAL, request.wall_s + 1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != question.parent:
+    if os.getppid() != request.parent:
         os._exit(1)
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process map `more_bytes` beyond what it has mapped; macOS has no such limit."""
+    """Let this process map `more_bytes` beyond what it has mapped already; macOS has no such limit."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:
@@ -120,7 +124,7 @@ def limit_memory(more_bytes: int) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory this process has now, or where the system does not tell, the most it had."""
+    """Resident memory of this process, or its peak where the system has no /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -128,7 +132,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory this process had. getrusage counts the parent's too on Linux, from before exec."""
+    """Peak resident memory of this process. On Linux getrusage includes that of the parent, from before exec."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -140,11 +144,11 @@ def peak_bytes() -> int:
 
 
 def _limit(which: int, soft: int, hard: int) -> None:
-    """Lower a limit; never above what whoever started us allows."""
+    """Lower a limit, never above the hard limit that this process inherited."""
     _, allowed = resource.getrlimit(which)
     if allowed != resource.RLIM_INFINITY:
         soft, hard = min(soft, allowed), min(hard, allowed)
     try:
         resource.setrlimit(which, (soft, hard))
-    except (ValueError, OSError):  # macOS refuses some; the parent's clock remains
+    except (ValueError, OSError):  # macOS refuses some limits; the clock of the parent remains
         return

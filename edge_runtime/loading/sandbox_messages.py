@@ -1,18 +1,18 @@
-"""What a trial's parent and child say to each other: one question in, the payloads after it, one verdict back."""
+"""The messages between the sandbox and its child: one request in, the payloads after it, one result back."""
 
 import msgspec
 
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.messages import LatencyProfile
 
-#: What the child prints once it is set up: from then on, whatever ends it is the model's doing.
+#: The child prints this once it has limited itself: whatever ends it afterwards is the fault of the model.
 READY = b"ready\n"
 
 
-class Question(msgspec.Struct, frozen=True):
+class ProbeRequest(msgspec.Struct, frozen=True):
     """The first line of the child's input; the payloads follow in the order of `sizes`, without gaps.
 
-    `memory_bytes` is what may be mapped beyond what the child has mapped before it reads them.
+    `memory_bytes` may be mapped beyond what the child has mapped before it reads the payloads.
     """
 
     manifest: Manifest
@@ -26,7 +26,7 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a model costs and how it may be batched. `memory_bytes` is the peak beside the runner's own."""
+    """What a model costs and how it may be batched. `memory_bytes` is the peak beyond the model runner's own."""
 
     load_ns: int
     memory_bytes: int
@@ -36,8 +36,8 @@ class Report(msgspec.Struct, frozen=True):
     batch_note: str = ""
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """The last line of the child's output: a report, or a refusal in a sentence, or that memory ran out."""
+class ProbeResult(msgspec.Struct, frozen=True):
+    """The last line of the child's output: a report, or the sentence of a refusal, or that memory ran out."""
 
     report: Report | None = None
     refusal: str = ""

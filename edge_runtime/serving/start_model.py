@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from edge_runtime.bundles.folder import Trust
-from edge_runtime.bundles.trust import VersionRecord, read_trust, record_path, trials_path
+from edge_runtime.bundles.trust import VersionFloors, read_trust
 from edge_runtime.core.errors import ConfigError
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.core.scheduling.windows import Policy
 from edge_runtime.engines import Engine
 from edge_runtime.loading.model import Model, load_engine, load_model_soon
-from edge_runtime.loading.trial_record import FirstLoads
+from edge_runtime.loading.quarantine import Quarantine, quarantine_path
 from edge_runtime.serving.model_runner import ModelRunner
+from edge_runtime.storage.files import record_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,8 @@ class Admission:
     """What a bundle must pass before it serves: its signature, its first load in the sandbox, its version."""
 
     trust: Trust
-    first_loads: FirstLoads
-    versions: VersionRecord
+    quarantine: Quarantine
+    versions: VersionFloors
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,10 @@ def read_admission(
     path = record_path(record, program)
     return Admission(
         read_trust(keys, allow_unsigned=unsigned),
-        FirstLoads(trials_path(path), memory_mb=memory_mb, lift=retry_command, again=again),
-        VersionRecord(path),
+        Quarantine(
+            quarantine_path(path), memory_mb=memory_mb, release_command=retry_command, ignores_file=again
+        ),
+        VersionFloors(path),
     )
 
 
@@ -94,7 +97,7 @@ async def start_model(name_or_path: str, settings: RunnerSettings, admission: Ad
         threads=settings.threads,
         trust=admission.trust,
         max_batch=max_batch,
-        first_loads=admission.first_loads,
+        quarantine=admission.quarantine,
     )
     restart = partial(
         load_engine,

@@ -18,7 +18,7 @@ from tests.loading.test_model import DOUBLE, tensor_bundle
 #: Opens a runtime and is killed by what replaces a function, at its call or after it.
 PROGRAM = """
 import asyncio, os, pathlib, signal, sys
-from edge_runtime.loading import trial_record
+from edge_runtime.loading import quarantine
 from edge_runtime.bundles import trust
 from edge_runtime.config import load_config
 from edge_runtime.runtime import Runtime
@@ -93,7 +93,7 @@ def test_a_kill_before_the_record_is_in_place_leaves_the_former_one(device):
     device.start()
     before = device.record.read_bytes()
     device.install("5")
-    device.start_and_be_killed("trial_record.write_durably = lambda *_: None\npathlib.Path.replace = kill")
+    device.start_and_be_killed("quarantine.write_durably = lambda *_: None\npathlib.Path.replace = kill")
     assert device.record.read_bytes() == before
     device.install("3")
     with pytest.raises(BundleError, match="version 4 has run"):
@@ -102,9 +102,9 @@ def test_a_kill_before_the_record_is_in_place_leaves_the_former_one(device):
     assert device.start() == "5"
 
 
-def test_a_kill_after_a_trial_keeps_its_outcome(device):
+def test_a_kill_after_a_probe_keeps_its_result(device):
     device.install("1")
-    device.start_and_be_killed("trial_record.write_durably = write_and_kill")
+    device.start_and_be_killed("quarantine.write_durably = write_and_kill")
     (entry,) = json.loads(device.record.with_suffix(".trials.json").read_bytes()).values()
     assert entry["report"]["max_batch"] == 8
     assert not device.record.exists()

@@ -21,7 +21,7 @@ from edge_runtime.bundles.folder import (
     sign_bundle,
     write_bundle,
 )
-from edge_runtime.bundles.trust import VersionRecord
+from edge_runtime.bundles.trust import VersionFloors
 from edge_runtime.cli.main import main
 from edge_runtime.config import Config, ServerSettings, TrustSettings
 from edge_runtime.core.errors import BundleError, ConfigError
@@ -196,9 +196,9 @@ def test_an_older_version_is_refused_after_a_newer_one_has_run(tmp_path):
 
 def test_a_state_folder_that_cannot_be_written_stops_nobody(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    record = VersionRecord(tmp_path / "file" / "versions.json")
+    record = VersionFloors(tmp_path / "file" / "versions.json")
     record.admit("m", "onnx", "1", "d", "k")
-    assert "version_record_not_kept" in caplog.text
+    assert "version_floors_not_saved" in caplog.text
     with pytest.raises(BundleError):
         record.admit("m", "onnx", "0", "d", "k")
 

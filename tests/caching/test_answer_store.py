@@ -1,4 +1,4 @@
-"""The second level of the cache: real files, real faults, and never a wrong answer."""
+"""The disk level of the cache: real files, real faults, and never a wrong answer."""
 
 import asyncio
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.caching.answer_store import AnswerStore, Moment, StoreUnfit, read_or_make_secret
+from edge_runtime.caching.answer_store import AnswerStore, Moment
 from edge_runtime.caching.outcome_codec import decode_outcome, encode_outcome
 from edge_runtime.core.messages import Answer, Origin, Reason
 from edge_runtime.core.outcome import Outcome
@@ -138,6 +138,7 @@ def test_the_file_and_its_log_stay_within_the_limit_and_the_oldest_go(tmp_path):
                 store.keep(name(i), "m", random.Random(i).randbytes(4000))
                 if i % 32 == 31:
                     while store.counters["kept"] < i + 1:
+                        assert store.is_on, store.why_off
                         await store.find(name(0), limit_s=5)
                     total = sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix != ".db-shm")
                     assert total <= 4 << 20
@@ -343,7 +344,7 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path, caplog, spoil):
     assert before is None or path.read_bytes() == before
 
 
-def test_another_schema_of_ours_is_begun_anew(tmp_path):
+def test_a_file_of_another_schema_is_emptied(tmp_path):
     path = tmp_path / "answers.db"
     run(lambda: fill(path, 3))
     with sqlite3.connect(path) as database:
@@ -393,21 +394,6 @@ def test_a_file_that_cannot_be_written_turns_it_off(tmp_path):
     assert out.startswith("off ")
     assert errors.count("answer_store_off") == 1
     assert path.read_bytes() == before
-
-
-def test_a_secret_that_others_can_read_or_that_is_cut_is_refused(tmp_path):
-    path = tmp_path / "secret"
-    secret = read_or_make_secret(path)
-    assert len(secret) == 32
-    assert read_or_make_secret(path) == secret
-    assert [p.name for p in tmp_path.iterdir()] == ["secret"]
-    path.chmod(0o640)
-    with pytest.raises(StoreUnfit, match="chmod 600"):
-        read_or_make_secret(path)
-    path.chmod(0o600)
-    path.write_bytes(secret[:31])
-    with pytest.raises(StoreUnfit, match="32 bytes"):
-        read_or_make_secret(path)
 
 
 def test_a_look_up_waits_no_longer_than_it_may(tmp_path):

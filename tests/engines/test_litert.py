@@ -15,7 +15,7 @@ from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.engines import run_rows
 from edge_runtime.engines.build import build_engine
 from edge_runtime.loading.model import load_model
-from edge_runtime.loading.trial_record import FirstLoads
+from edge_runtime.loading.quarantine import Quarantine
 from edge_runtime.processing import decode_rows, encode_rows
 from tools import tflite_graph
 from tools.convert_tflite import convert, export_tflite, made_up_texts, read_weights
@@ -178,7 +178,7 @@ def test_the_self_test_finds_rows_that_depend_on_others(tmp_path):
 
 
 def test_the_first_load_is_tried_in_a_child(folder):
-    tried = load_model(folder, first_loads=FirstLoads(None))
+    tried = load_model(folder, quarantine=Quarantine(None))
     assert 1_000_000 < tried.memory_bytes < 50_000_000
     assert [rows for rows, _ in tried.latency_profile] == [1, 2, 4, 8, 16, 32, 64]
 
@@ -191,7 +191,7 @@ def test_a_memory_bomb_ends_with_its_child(tmp_path):
     vast = graph.arithmetic(Op.MUL, tall, graph.weight(np.ones((1, 1, 2**17), np.float32)))
     folder = tensor_bundle(tmp_path / "tiny", graph.model({"x": x}, {"y": vast}))
     with pytest.raises(BundleError, match="tiny"):
-        load_model(folder, first_loads=FirstLoads(None))
+        load_model(folder, quarantine=Quarantine(None))
 
 
 def test_shapes_get_buckets_of_their_own_and_old_ones_are_dropped():

@@ -3,7 +3,7 @@
     python -m tests.loading.fuzz_child FORMAT SEED COUNT < original files, as a JSON list of base64
 
 A fork starts with the runner imported: that makes ten thousand files a matter of minutes. What a fork does is what
-the child of a trial does, under the same kinds of limits, only lower.
+the child of the sandbox does, under the same kinds of limits, only lower.
 """
 
 import base64
@@ -19,7 +19,7 @@ import msgspec
 
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.engines.build import engine_version
-from edge_runtime.loading.sandbox_child import attempt, limit_memory, resident_bytes
+from edge_runtime.loading.sandbox_child import limit_memory, probe, resident_bytes
 from tests.bundles.test_folder import FIELDS
 from tests.loading import mutants
 
@@ -49,10 +49,10 @@ def outcome(manifest, data):
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
             signal.alarm(10)
             limit_memory(128 << 20)
-            verdict = attempt(
+            result = probe(
                 manifest, {manifest.model: data}, threads=1, max_batch=2, before_bytes=resident_bytes()
             )
-            code = MEMORY if verdict.is_out_of_memory else RAN if verdict.report else REFUSED
+            code = MEMORY if result.is_out_of_memory else RAN if result.report else REFUSED
         except BaseException as error:  # noqa: BLE001 - what is not ours is what is looked for
             os.write(1, f"escaped: {error!r} {base64.b64encode(data).decode()}\n".encode())
             code = ESCAPED
@@ -72,7 +72,7 @@ def main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     engine_version(engine)
     # What a runner sets up for its first model, forks need not do again.
-    attempt(manifest, {manifest.model: originals[0]}, threads=1, max_batch=2, before_bytes=0)
+    probe(manifest, {manifest.model: originals[0]}, threads=1, max_batch=2, before_bytes=0)
     gc.freeze()  # nor copy pages only because a collector looked at them
     assert [outcome(manifest, data) for data in originals] == ["ran"] * len(originals)
     found = Counter(outcome(manifest, data) for data in mutants.mutants(originals, seed, count, damages))

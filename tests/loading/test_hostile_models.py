@@ -17,14 +17,14 @@ from edge_runtime.config import Config, ServerSettings, TrustSettings
 from edge_runtime.core.errors import BundleError
 from edge_runtime.engines.build import engine_version
 from edge_runtime.loading.model import load_model
+from edge_runtime.loading.quarantine import Quarantine
 from edge_runtime.loading.sandbox import Limits
-from edge_runtime.loading.trial_record import FirstLoads
 from edge_runtime.runtime import Runtime
 from tests.bundles.test_folder import FIELDS
 from tests.engines.test_engines import branch, external, sparse
 from tests.engines.test_engines import model as onnx_model
+from tests.loading.hard_models import children, endless_loop, memory_bomb
 from tests.loading.test_model import DOUBLE, tensor_bundle
-from tests.loading.trials import children, endless_loop, memory_bomb
 from tools.tflite_graph import OPEN, Graph, Op
 
 #: `make fuzz` tries 10,000 for each format, which takes minutes.
@@ -183,9 +183,9 @@ def test_data_in_other_files_is_refused_wherever_it_is_named(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.bin").write_bytes(bytes(24))  # where the runner would find it
     folder = model_bundle(tmp_path / "bundle", EXTERNAL[placement]())
-    for first_loads in (FirstLoads(None), None):  # in the child, and again where there can be none
+    for quarantine in (Quarantine(None), None):  # in the child, and again where there can be none
         with pytest.raises(BundleError, match="other files"):
-            load_model(folder, first_loads=first_loads)
+            load_model(folder, quarantine=quarantine)
 
 
 def batch_bomb(path):
@@ -215,7 +215,7 @@ def test_a_bomb_ends_in_a_sentence_and_the_process_goes_on(tmp_path, bomb):
     folder = build(tmp_path / "bomb")
     assert len(load_bundle(folder).files["model.onnx"]) < 500
     with pytest.raises(BundleError, match=words) as caught:
-        load_model(folder, first_loads=FirstLoads(None, limits=SHORT))
+        load_model(folder, quarantine=Quarantine(None, limits=SHORT))
     assert "\n" not in str(caught.value)
     load_model(tensor_bundle(tmp_path / "good", DOUBLE))
 

@@ -1,4 +1,4 @@
-"""The first load of a model: in a child, once, within limits; what came of it is remembered, and a child never stays."""
+"""The sandboxed load and the quarantine: once, within limits, the result remembered, and no child left behind."""
 
 import asyncio
 import json
@@ -30,11 +30,11 @@ from edge_runtime.core.errors import BundleError
 from edge_runtime.loading import sandbox
 from edge_runtime.loading.model import load_model
 from edge_runtime.loading.prepare import measure_latency_profile, prepare
-from edge_runtime.loading.sandbox import Attempt, Ended, Limits
-from edge_runtime.loading.trial_record import FirstLoads
+from edge_runtime.loading.quarantine import Quarantine
+from edge_runtime.loading.sandbox import Ended, Limits, SandboxedLoad
 from edge_runtime.runtime import Runtime
+from tests.loading.hard_models import children, endless_loop, memory_bomb
 from tests.loading.test_model import DOUBLE, tensor_bundle
-from tests.loading.trials import children, endless_loop, memory_bomb
 
 pytestmark = pytest.mark.skipif(not sandbox.is_possible(), reason="this system cannot limit a child")
 SHORT = Limits(cpu_s=1, wall_s=50)
@@ -51,7 +51,7 @@ def no_child_stays():
 
 @pytest.fixture
 def no_child_starts(monkeypatch):
-    """Call it, and from then on a trial fails to start."""
+    """Call it, and from then on no child starts."""
     return lambda: monkeypatch.setattr(sys, "executable", "/nonexistent/python")
 
 
@@ -60,22 +60,22 @@ def tiny(tmp_path):
     return tensor_bundle(tmp_path / "tiny", DOUBLE)
 
 
-def refused(folder, first_loads, words):
+def refused(folder, quarantine, words):
     with pytest.raises(BundleError, match=words) as caught:
-        load_model(folder, first_loads=first_loads)
+        load_model(folder, quarantine=quarantine)
     assert "\n" not in str(caught.value)
     assert str(folder.parent) not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_trial_is_paid_once_and_its_figures_are_kept(tiny, tmp_path, no_child_starts):
+def test_a_bundle_is_probed_once_and_its_figures_are_kept(tiny, tmp_path, no_child_starts):
     record = tmp_path / "state" / "trials.json"
-    first = load_model(tiny, first_loads=FirstLoads(record))
+    first = load_model(tiny, quarantine=Quarantine(record))
     no_child_starts()
-    again = load_model(tiny, first_loads=FirstLoads(record))
+    again = load_model(tiny, quarantine=Quarantine(record))
     assert again.memory_bytes == first.memory_bytes
     assert 1_000_000 < first.memory_bytes < 100_000_000  # a session costs ONNX Runtime about 10 MB
-    refused(tiny, FirstLoads(None), "could not be tried")  # and a record that is off remembers nothing
+    refused(tiny, Quarantine(None), "could not be started")  # and a record that is off remembers nothing
 
 
 @pytest.mark.parametrize(
@@ -86,67 +86,69 @@ def test_a_trial_is_paid_once_and_its_figures_are_kept(tiny, tmp_path, no_child_
         lambda entries, digest: entries.update({"other": entries.pop(digest)}),
     ],
 )
-def test_another_runner_or_bundle_or_a_larger_batch_is_tried_anew(tiny, tmp_path, changed, no_child_starts):
+def test_another_runner_or_bundle_or_a_larger_batch_is_probed_again(tiny, tmp_path, changed, no_child_starts):
     record = tmp_path / "trials.json"
-    model = load_model(tiny, first_loads=FirstLoads(record))
+    model = load_model(tiny, quarantine=Quarantine(record))
     entries = json.loads(record.read_bytes())
     changed(entries, model.digest)
     record.write_text(json.dumps(entries))
     no_child_starts()
-    refused(tiny, FirstLoads(record), "could not be tried")
+    refused(tiny, Quarantine(record), "could not be started")
 
 
 def test_a_smaller_batch_has_passed_with_the_larger(tiny, tmp_path, no_child_starts):
     record = tmp_path / "trials.json"
-    load_model(tiny, first_loads=FirstLoads(record))
+    load_model(tiny, quarantine=Quarantine(record))
     no_child_starts()
-    assert load_model(tiny, max_batch=2, first_loads=FirstLoads(record)).max_batch == 2
+    assert load_model(tiny, max_batch=2, quarantine=Quarantine(record)).max_batch == 2
 
 
-def test_a_lost_record_is_said_and_an_unwritable_one_stops_nobody(tiny, tmp_path, caplog):
+def test_a_damaged_file_is_logged_and_an_unwritable_one_stops_nobody(tiny, tmp_path, caplog):
     record = tmp_path / "trials.json"
     record.write_bytes(b'{"x": {"runner": 1}}')
-    load_model(tiny, first_loads=FirstLoads(record))
-    assert "trial_record_reset" in caplog.text
+    load_model(tiny, quarantine=Quarantine(record))
+    assert "quarantine_file_reset" in caplog.text
     assert json.loads(record.read_bytes())
     (tmp_path / "file").write_text("")
-    load_model(tiny, first_loads=FirstLoads(tmp_path / "file" / "trials.json"))
-    assert "trial_record_not_kept" in caplog.text
+    load_model(tiny, quarantine=Quarantine(tmp_path / "file" / "trials.json"))
+    assert "quarantine_file_not_saved" in caplog.text
 
 
 def test_the_record_does_not_grow_for_ever(tiny, tmp_path):
     record = tmp_path / "trials.json"
-    model = load_model(tiny, first_loads=FirstLoads(record))
+    model = load_model(tiny, quarantine=Quarantine(record))
     (entry,) = json.loads(record.read_bytes()).values()
     record.write_text(json.dumps({f"{i:064x}": entry for i in range(64)}))
-    load_model(tiny, first_loads=FirstLoads(record))
+    load_model(tiny, quarantine=Quarantine(record))
     kept = json.loads(record.read_bytes())
     assert len(kept) == 64
     assert model.digest in kept
 
 
-def test_two_failures_are_a_quarantine_until_it_is_lifted(tmp_path, no_child_starts):
+def test_two_failures_are_a_quarantine_until_the_release(tmp_path, no_child_starts):
     folder, record = memory_bomb(tmp_path / "bomb"), tmp_path / "trials.json"
     for _ in range(2):
-        refused(folder, FirstLoads(record), r"failed its first load: the model needed more than \d+ MB")
+        refused(folder, Quarantine(record), r"failed its first load: the model needed more than \d+ MB")
     no_child_starts()
     words = refused(
-        folder, FirstLoads(record, lift="edge-runtime models verify --again"), "failed its first load 2"
+        folder,
+        Quarantine(record, release_command="edge-runtime models verify --again"),
+        "failed its first load 2",
     )
     assert "needed more than" in words
     assert "edge-runtime models verify --again" in words
-    first_loads = FirstLoads(record)
-    first_loads.forget(load_bundle(folder).digest)
-    for forgetful in (first_loads, FirstLoads(record, again=True), FirstLoads(record, memory_mb=1)):
-        refused(folder, forgetful, "could not be tried")  # so it would be, if children started
+    quarantine = Quarantine(record)
+    quarantine.release(load_bundle(folder).digest)
+    for forgetful in (quarantine, Quarantine(record, ignores_file=True), Quarantine(record, memory_mb=1)):
+        refused(folder, forgetful, "could not be started")  # so it would be, if children started
 
 
-def test_verify_again_lifts_the_quarantine(tmp_path, tiny):
+def test_verify_again_releases_from_quarantine(tmp_path, tiny):
     config = tmp_path / "edge.toml"
     config.write_text(f'[trust]\nunsigned = true\nrecord = "{tmp_path}/versions.json"\n')
     digest = load_bundle(tiny).digest
-    first_loads = FirstLoads(tmp_path / "versions.trials.json")
-    load_model(tiny, first_loads=first_loads)
+    quarantine = Quarantine(tmp_path / "versions.trials.json")
+    load_model(tiny, quarantine=quarantine)
     entries = json.loads((tmp_path / "versions.trials.json").read_bytes())
     entries[digest] |= {"report": None, "failures": ["crashed", "crashed"]}
     (tmp_path / "versions.trials.json").write_text(json.dumps(entries))
@@ -164,17 +166,22 @@ def test_verify_again_lifts_the_quarantine(tmp_path, tiny):
 def test_a_refusal_of_our_own_checks_is_not_held_against_a_bundle(tmp_path):
     unfit = tensor_bundle(tmp_path / "unfit", DOUBLE, processing={"kind": "tensors", "version": "9"})
     for _ in range(3):
-        refused(unfit, FirstLoads(tmp_path / "trials.json"), "update the runtime")
+        refused(unfit, Quarantine(tmp_path / "trials.json"), "update the runtime")
 
 
 def test_an_endless_model_is_ended_by_its_processor_time(tmp_path):
     folder = endless_loop(tmp_path / "endless")
-    refused(folder, FirstLoads(None, limits=SHORT), "used more than 1 s of processor time")
+    refused(folder, Quarantine(None, limits=SHORT), "used more than 1 s of processor time")
+
+
+def test_memory_that_the_system_has_and_the_limit_forbids_is_refused(tmp_path):
+    folder = memory_bomb(tmp_path / "bomb", side=2**13)  # 256 MiB
+    refused(folder, Quarantine(None, limits=Limits(memory_bytes=100 << 20)), "needed more than 105 MB")
 
 
 def test_a_silent_model_is_ended_by_the_clock(tmp_path):
     folder = endless_loop(tmp_path / "endless")
-    refused(folder, FirstLoads(None, limits=Limits(wall_s=0.2)), r"did not answer within 0\.2 s")
+    refused(folder, Quarantine(None, limits=Limits(wall_s=0.2)), r"did not answer within 0\.2 s")
 
 
 @pytest.mark.parametrize(
@@ -191,13 +198,13 @@ def test_a_silent_model_is_ended_by_the_clock(tmp_path):
         ("while True: print('x' * 1000)", "crashed the runner (SIGKILL)"),
     ],
 )
-def test_however_a_child_ends_it_is_said(tiny, monkeypatch, program, reason):
+def test_however_a_child_ends_the_reason_is_named(tiny, monkeypatch, program, reason):
     limits = "resource.setrlimit(resource.RLIMIT_CPU, (1, 2))"
     program = f"import os, signal, sys, resource\n{limits}\nprint('ready', flush=True)\n{program}"
     monkeypatch.setattr(sandbox, "_PROGRAM", program)
     bundle = load_bundle(tiny)
     short = Limits(cpu_s=1, memory_bytes=1_000_000)
-    outcome = Attempt(bundle.manifest, bundle.files, threads=1, max_batch=8, limits=short).run()
+    outcome = SandboxedLoad(bundle.manifest, bundle.files, threads=1, max_batch=8, limits=short).run()
     assert isinstance(outcome, Ended)
     assert outcome.reason == reason
 
@@ -209,7 +216,7 @@ def seen_by_a_child(tiny, monkeypatch, expression):
     )
     monkeypatch.setattr(sandbox, "_PROGRAM", program)
     with pytest.raises(BundleError) as caught:
-        load_model(tiny, first_loads=FirstLoads(None))
+        load_model(tiny, quarantine=Quarantine(None))
     return str(caught.value).partition("(")[2].rpartition(")")[0]
 
 
@@ -248,8 +255,8 @@ def test_cancelling_kills_the_child_and_blames_nobody(tmp_path):
     bundle = load_bundle(endless_loop(tmp_path / "endless"))
 
     async def cancelled():
-        first_loads = FirstLoads(record, limits=NEVER)
-        admitting = asyncio.create_task(first_loads.admit_soon(bundle, threads=1, max_batch=8))
+        quarantine = Quarantine(record, limits=NEVER)
+        admitting = asyncio.create_task(quarantine.admit_async(bundle, threads=1, max_batch=8))
         while not children():
             await asyncio.sleep(0)
         admitting.cancel()
@@ -267,7 +274,7 @@ def test_an_interrupt_kills_the_child(tmp_path):
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(KeyboardInterrupt):
-            load_model(folder, first_loads=FirstLoads(tmp_path / "trials.json", limits=NEVER))
+            load_model(folder, quarantine=Quarantine(tmp_path / "trials.json", limits=NEVER))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
@@ -313,11 +320,16 @@ def runs_in_no_folder(pid):
     return str(Path(f"/proc/{pid}/cwd").readlink()).endswith("(deleted)")
 
 
-def test_a_daemon_told_to_stop_ends_the_trial(tmp_path):
+def address_space(pid):
+    (line,) = [x for x in Path(f"/proc/{pid}/limits").read_text().splitlines() if "address space" in x]
+    return line.removeprefix("Max address space").strip()
+
+
+def test_a_daemon_that_is_stopped_ends_the_sandbox(tmp_path):
     process, child = serving(tmp_path)
     process.terminate()
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 0, told
+    _, output = process.communicate(timeout=30)
+    assert process.returncode == 0, output
     assert not is_alive(child)
 
 
@@ -325,9 +337,11 @@ def test_a_killed_daemon_leaves_nothing(tmp_path):
     temporary = tmp_path / "temporary"  # of its own: other tests use the system's folder at the same time
     temporary.mkdir()
     process, child = serving(tmp_path, temporary)
+    # Its memory is limited: its runner is imported, the model is in its pipe, and running that never ends.
+    wait_for(lambda: not address_space(child).startswith("unlimited"), process)
     process.kill()
     process.communicate(timeout=30)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 15  # before its limit of processor time
     while is_alive(child):
         assert time.monotonic() < until
     assert [
@@ -342,15 +356,15 @@ def is_alive(pid):
         return False
 
 
-def test_the_budget_is_kept_before_and_after_the_trial(tmp_path, tiny):
+def test_the_budget_holds_before_and_after_the_probe(tmp_path, tiny):
     record = tmp_path / "trials.json"
-    words = refused(tiny, FirstLoads(record, memory_mb=3), r"model 'tiny' needs \d+ MB")
+    words = refused(tiny, Quarantine(record, memory_mb=3), r"model 'tiny' needs \d+ MB")
     assert "[limits] model_memory_mb allows 3" in words
     assert json.loads(record.read_bytes())  # measured once: the figure is known, with or without a budget
-    refused(tiny, FirstLoads(record, memory_mb=3), "allows 3")
-    assert load_model(tiny, first_loads=FirstLoads(record, memory_mb=900)).memory_bytes > 3_000_000
+    refused(tiny, Quarantine(record, memory_mb=3), "allows 3")
+    assert load_model(tiny, quarantine=Quarantine(record, memory_mb=900)).memory_bytes > 3_000_000
     refused(
-        memory_bomb(tmp_path / "bomb"), FirstLoads(record, memory_mb=900), r"raise \[limits\] model_memory_mb"
+        memory_bomb(tmp_path / "bomb"), Quarantine(record, memory_mb=900), r"raise \[limits\] model_memory_mb"
     )
 
 
@@ -367,7 +381,7 @@ def test_the_runtime_keeps_the_budget_of_its_configuration(tmp_path):
         asyncio.run(opened())
 
 
-def test_what_a_model_costs_is_told_everywhere(tmp_path, caplog):
+def test_what_a_model_costs_is_shown_everywhere(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     config = Config(server=QUIET, batch=BatchSettings(max=4))
 
@@ -421,14 +435,14 @@ def test_a_dependent_model_is_said_aloud_once(tmp_path, caplog):
         helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
         helper.make_node("Div", ["x", "m"], ["y"]),
     ]
-    model = load_model(tensor_bundle(tmp_path / "tiny", nodes), first_loads=FirstLoads(None))
+    model = load_model(tensor_bundle(tmp_path / "tiny", nodes), quarantine=Quarantine(None))
     assert (model.max_batch, model.info.max_batch) == (1, 1)
     assert "neighbours changed an answer by" in model.batch_note
     assert caplog.text.count("batches_denied") == 1
     assert model.batch_note == model.info.batch_note
 
 
-def test_unsigned_trials_are_of_unsigned_bundles_alone(tmp_path, tiny, no_child_starts):
+def test_passing_the_sandbox_replaces_no_signature(tmp_path, tiny, no_child_starts):
     """Nothing reaches a child before its signature held."""
     no_child_starts()
     config = Config(models=(str(tiny),), server=QUIET, trust=TrustSettings(record="off"))

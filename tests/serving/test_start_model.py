@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from edge_runtime.bundles.folder import find_bundle, load_bundle
-from edge_runtime.bundles.trust import VersionRecord
+from edge_runtime.bundles.trust import VersionFloors
 from edge_runtime.core.errors import BundleError, ConfigError
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.core.scheduling.windows import Policy
@@ -60,7 +60,7 @@ def newer_version_ran(path):
     """A record in which a later version of the bundle `commands` has run."""
     bundle = load_bundle(find_bundle("commands"), admission().trust)
     version = str(int(bundle.manifest.version) + 1)
-    VersionRecord(path).admit("commands", "onnx", version, "00" * 32, bundle.signed_by)
+    VersionFloors(path).admit("commands", "onnx", version, "00" * 32, bundle.signed_by)
 
 
 def test_a_model_is_started_with_the_engines_asked_for(fake):

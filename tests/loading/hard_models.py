@@ -1,4 +1,4 @@
-"""Bundles that are hard to load, and what the tests of trials look at."""
+"""Bundles that are hard to load, and the child processes that tests look for."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.loading.test_model import tensor_bundle
 
 
-def memory_bomb(path, **changes):
-    """A model that asks for 64 GiB of zeros; the file itself holds two numbers."""
-    weights = [numpy_helper.from_array(np.array([2**17, 2**17], np.int64), "shape")]
+def memory_bomb(path, side=2**17, **changes):
+    """A model that asks for `side` x `side` zeros, by default 64 GiB; the file itself holds two numbers."""
+    weights = [numpy_helper.from_array(np.array([side, side], np.int64), "shape")]
     nodes = [
         helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
         helper.make_node("ReduceMax", ["zeros"], ["largest"], keepdims=0),

@@ -1,0 +1,316 @@
+"""Guarded lines of storage, caching, bundles and the sandbox: without its line, a test must fail.
+
+(what is guarded, file, the line or part of it, what stands there instead, tests of which one must fail)
+"""
+
+SQLITE_THREAD = "edge_runtime/storage/sqlite_thread.py"
+FILES = "edge_runtime/storage/files.py"
+ANSWER_STORE = "edge_runtime/caching/answer_store.py"
+TWO_LEVEL = "edge_runtime/caching/two_level.py"
+FOLDER = "edge_runtime/bundles/folder.py"
+SIGNING = "edge_runtime/bundles/signing.py"
+ROLLBACK = "edge_runtime/bundles/rollback.py"
+TRUST = "edge_runtime/bundles/trust.py"
+SANDBOX = "edge_runtime/loading/sandbox.py"
+SANDBOX_CHILD = "edge_runtime/loading/sandbox_child.py"
+QUARANTINE = "edge_runtime/loading/quarantine.py"
+
+THREAD_TESTS = ("tests/storage/test_sqlite_thread.py",)
+FILES_TESTS = ("tests/storage/test_files.py",)
+STORE_TESTS = ("tests/caching/test_answer_store.py",)
+LEVEL_TESTS = ("tests/serving/test_service_cache.py",)
+FOLDER_TESTS = ("tests/bundles/test_folder.py",)
+SIGNING_TESTS = ("tests/bundles/test_signing.py",)
+ROLLBACK_TESTS = ("tests/bundles/test_rollback.py",)
+SANDBOX_TESTS = ("tests/loading/test_sandbox.py",)
+
+GUARDS = [
+    (
+        "a batch is one transaction",
+        SQLITE_THREAD,
+        '        self._connection.execute("BEGIN IMMEDIATE")\n',
+        "",
+        THREAD_TESTS,
+    ),
+    (
+        "writes wait for their batch",
+        SQLITE_THREAD,
+        "if self._is_due() or is_closing:",
+        "if True:",
+        THREAD_TESTS,
+    ),
+    (
+        "a batch is due by its bytes",
+        SQLITE_THREAD,
+        "self._waiting.size_bytes >= self._batch.max_bytes",
+        "False",
+        THREAD_TESTS,
+    ),
+    (
+        "closing commits what waits",
+        SQLITE_THREAD,
+        "if self._is_due() or is_closing:",
+        "if self._is_due():",
+        THREAD_TESTS,
+    ),
+    (
+        "an error reaches every caller that waits",
+        SQLITE_THREAD,
+        "            job.finish(None, error)\n",
+        "            pass\n",
+        THREAD_TESTS,
+    ),
+    (
+        "a cancelled caller harms no other",
+        SQLITE_THREAD,
+        "        if self.future.done():",
+        "        if False:",
+        THREAD_TESTS,
+    ),
+    (
+        "a file of another program is left alone",
+        SQLITE_THREAD,
+        "if owner != file.application_id and not is_empty:",
+        "if False:",
+        THREAD_TESTS,
+    ),
+    (
+        "the file is for this user alone",
+        SQLITE_THREAD,
+        "os.O_NOFOLLOW | os.O_CLOEXEC, 0o600",
+        "os.O_NOFOLLOW | os.O_CLOEXEC, 0o640",
+        THREAD_TESTS,
+    ),
+    (
+        "and stays so if it was not",
+        SQLITE_THREAD,
+        "            file.path.with_name(file.path.name + suffix).chmod(0o600)\n",
+        "            pass\n",
+        THREAD_TESTS,
+    ),
+    (
+        "no link is followed to the file",
+        SQLITE_THREAD,
+        "os.O_CREAT | os.O_NOFOLLOW",
+        "os.O_CREAT",
+        STORE_TESTS,
+    ),
+    (
+        "the folder of the file is for this user alone",
+        SQLITE_THREAD,
+        "mkdir(mode=0o700, ",
+        "mkdir(",
+        THREAD_TESTS,
+    ),
+    (
+        "content is synced before it takes its name",
+        FILES,
+        "        os.fsync(file.fileno())\n",
+        "",
+        FILES_TESTS,
+    ),
+    ("the new name is synced", FILES, "        os.fsync(folder)\n", "        pass\n", FILES_TESTS),
+    ("a secret that others may read is refused", FILES, "    if mode & 0o077:", "    if False:", FILES_TESTS),
+    (
+        "a folder of another user is not relied on",
+        FILES,
+        "if state.st_uid not in (os.geteuid(), 0):",
+        "if False:",
+        FILES_TESTS,
+    ),
+    (
+        "nor one that every user may write",
+        FILES,
+        "if state.st_mode & stat.S_IWOTH and not is_guarded:",
+        "if False:",
+        FILES_TESTS,
+    ),
+    (
+        "a changed row is a miss",
+        ANSWER_STORE,
+        "        if tag != self._tag(key, *fields):",
+        "        if False:",
+        STORE_TESTS,
+    ),
+    (
+        "an answer from the future is not used",
+        ANSWER_STORE,
+        "return age if age >= 0 else None",
+        "return age",
+        STORE_TESTS,
+    ),
+    (
+        "a look-up has its limit",
+        ANSWER_STORE,
+        "asyncio.timeout(limit_s)",
+        "asyncio.timeout(None)",
+        STORE_TESTS,
+    ),
+    (
+        "what is too large or too fast is dropped",
+        ANSWER_STORE,
+        "if not self.is_on or not has_room:",
+        "if False:",
+        STORE_TESTS,
+    ),
+    (
+        "the oldest rows make room",
+        ANSWER_STORE,
+        "            database.run(_TRIM)\n",
+        "            break\n",
+        STORE_TESTS,
+    ),
+    (
+        "only committed rows count as kept",
+        ANSWER_STORE,
+        "size, self._count_kept)",
+        "size, lambda: None) or self._count_kept()",
+        STORE_TESTS,
+    ),
+    (
+        "answers of other models are dropped",
+        ANSWER_STORE,
+        "WHERE model NOT IN",
+        "WHERE 0 AND model NOT IN",
+        STORE_TESTS,
+    ),
+    (
+        "private answers stay off the disk",
+        TWO_LEVEL,
+        "if self.disk is None or is_private:",
+        "if self.disk is None:",
+        LEVEL_TESTS,
+    ),
+    (
+        "an answer of the disk keeps its age",
+        TWO_LEVEL,
+        "group=digest, age_ns=found.age_ns",
+        "group=digest",
+        LEVEL_TESTS,
+    ),
+    (
+        "answers of an older cloud are dropped",
+        TWO_LEVEL,
+        'unless=lambda kept: kept.cloud_version in ("", version)',
+        "unless=lambda kept: True",
+        LEVEL_TESTS,
+    ),
+    (
+        "only the cloud's answers serve past their time",
+        TWO_LEVEL,
+        "and found.reason is Reason.UNSURE",
+        "",
+        LEVEL_TESTS,
+    ),
+    (
+        "a payload is what its digest says, as stored",
+        FOLDER,
+        "_sha256(stored) != entry.stored_sha256",
+        "False",
+        FOLDER_TESTS,
+    ),
+    (
+        "a payload is what its digest says, unpacked",
+        FOLDER,
+        "_sha256(plain) != entry.sha256",
+        "False",
+        FOLDER_TESTS,
+    ),
+    (
+        "a file with a second name is refused",
+        FOLDER,
+        "(state.st_nlink != 1 and not may_be_linked)",
+        "False",
+        FOLDER_TESTS,
+    ),
+    ("unlisted files are refused", FOLDER, "    if unlisted:", "    if False:", FOLDER_TESTS),
+    ("an unsigned bundle is refused", FOLDER, "if trust.allow_unsigned:", "if True:", SIGNING_TESTS),
+    (
+        "a false signature is refused",
+        SIGNING,
+        "        except InvalidSignature:\n            continue\n",
+        "        except InvalidSignature:\n            pass\n",
+        SIGNING_TESTS,
+    ),
+    (
+        "only trusted keys count",
+        SIGNING,
+        "known = [record for record in records if record[:16] in keys]",
+        "known = records",
+        SIGNING_TESTS,
+    ),
+    ("a key of small order is refused", SIGNING, "in _SMALL_ORDER:", "in ():", SIGNING_TESTS),
+    ("a version never sinks", ROLLBACK, "if candidate.version < floor.version:", "if False:", ROLLBACK_TESTS),
+    (
+        "a version has one content",
+        ROLLBACK,
+        "if key == entry and candidate",
+        "if False and candidate",
+        ROLLBACK_TESTS,
+    ),
+    (
+        "a floor is on disk before anything is served",
+        TRUST,
+        "                write_durably(self._path, msgspec.json.encode(floors))\n",
+        "                pass\n",
+        SIGNING_TESTS,
+    ),
+    (
+        "the sandbox inherits no environment",
+        SANDBOX,
+        "env=environment | _ENVIRONMENT",
+        "env=dict(os.environ) | _ENVIRONMENT",
+        SANDBOX_TESTS,
+    ),
+    ("the sandbox runs in an empty folder", SANDBOX, "cwd=folder, ", "", SANDBOX_TESTS),
+    (
+        "a silent child is ended by the clock",
+        SANDBOX,
+        "                clock.start()\n",
+        "                threading.Timer(20, self._be_late).start()\n",
+        SANDBOX_TESTS,
+    ),
+    (
+        "the child limits its processor time",
+        SANDBOX_CHILD,
+        "    _limit(resource.RLIMIT_CPU, request.cpu_s, request.cpu_s + 1)\n",
+        "",
+        SANDBOX_TESTS,
+    ),
+    (
+        "the child limits its memory",
+        SANDBOX_CHILD,
+        "    _limit(resource.RLIMIT_AS, limit, limit)\n",
+        "",
+        SANDBOX_TESTS,
+    ),
+    (
+        "the child ends with its parent",
+        SANDBOX_CHILD,
+        "        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)\n",
+        "        pass\n",
+        SANDBOX_TESTS,
+    ),
+    ("two failures are a quarantine", QUARANTINE, ">= _MAX_FAILURES:", ">= 99:", SANDBOX_TESTS),
+    (
+        "another runner is probed again",
+        QUARANTINE,
+        "            and entry.runner == runner\n",
+        "",
+        SANDBOX_TESTS,
+    ),
+    (
+        "a larger batch is probed again",
+        QUARANTINE,
+        "            and entry.max_batch >= max_batch\n",
+        "",
+        SANDBOX_TESTS,
+    ),
+    (
+        "the memory budget holds",
+        QUARANTINE,
+        "and report.memory_bytes > self._budget_bytes",
+        "and False",
+        SANDBOX_TESTS,
+    ),
+]
