@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from edge_runtime.caching.two_level import Store
+from edge_runtime.caching.two_level import DiskStore
 from edge_runtime.core.escalation.decision import LinkState
 from edge_runtime.serving.service import Service
 
@@ -124,7 +124,7 @@ def _cache(service: Service) -> Iterable[Metric]:
         yield from _disk(service.recall.disk)
 
 
-def _disk(store: Store) -> Iterable[Metric]:
+def _disk(store: DiskStore) -> Iterable[Metric]:
     yield GaugeMetricFamily(
         "edge_disk_cache_up",
         "1 while the cache on disk works, 0 after a fault of its file turned it off.",

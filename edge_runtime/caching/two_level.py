@@ -1,4 +1,8 @@
-"""Answers kept in memory and, where a look-up there costs less than the answer, on disk below it."""
+"""The two-level answer cache: memory first, then the disk where a look-up there costs less than the answer.
+
+Memory is the pure `core.caching.cache.Cache`; the disk is anything that behaves as `DiskStore`. This module decides
+which level holds what, and knows which answers outlive a change of the cloud's model.
+"""
 
 import time
 from collections.abc import Collection, Mapping
@@ -10,13 +14,13 @@ from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.messages import Origin, Reason
 from edge_runtime.core.outcome import Outcome, payload_bytes
 
-#: A model that costs so many look-ups is asked after the disk; at this ratio a disk that never has the answer
-#: slows the model by a tenth.
+#: The disk is asked before a model if one row of the model costs this many look-ups; at this ratio a disk that never
+#: has the answer slows the model by a tenth.
 _LOOKUPS_PER_ROW = 10
 
 
-class Stored(Protocol):
-    """A value of the second level and its age."""
+class StoredValue(Protocol):
+    """A value on disk and its age."""
 
     @property
     def value(self) -> bytes: ...
@@ -24,16 +28,16 @@ class Stored(Protocol):
     def age_ns(self) -> int: ...
 
 
-class Store(Protocol):
-    """What is needed of the second level."""
+class DiskStore(Protocol):
+    """What the cache needs of its second level."""
 
     @property
     def lookup_ns(self) -> int:
-        """What a look-up costs, as measured here."""
+        """The measured cost of a look-up."""
 
     @property
     def is_on(self) -> bool:
-        """Whether it can find anything."""
+        """Whether look-ups can find anything."""
 
     @property
     def size_bytes(self) -> int:
@@ -41,43 +45,46 @@ class Store(Protocol):
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """What happened, how often."""
+        """Events by name."""
 
-    async def find(self, key: bytes) -> Stored | None:
+    async def find(self, key: bytes) -> StoredValue | None:
         """The value of `key`, in bounded time."""
 
     def keep(self, key: bytes, model: str, value: bytes) -> None:
-        """Keep `value` for the model of that digest, some time soon."""
+        """Write `value` soon; `model` is the digest of the model it belongs to."""
 
     def retain_models(self, models: Collection[str]) -> None:
-        """Drop what belongs to models of other digests."""
+        """Drop the values of all models but those with these digests."""
 
     def status(self) -> dict[str, object]:
-        """All of that, for people."""
+        """State, size and counters as JSON values."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
-    """What the disk had. What is not fresh may still serve while the cloud is out of reach."""
+class DiskHit:
+    """An outcome found on disk. One that is not fresh may still serve while the cloud is out of reach."""
 
     outcome: Outcome
     is_fresh: bool
 
 
-class Recall:
-    """Both levels of the cache."""
+class TwoLevelCache:
+    """Outcomes by key in memory and, if `disk` is given, on disk."""
 
-    def __init__(self, memory: Cache[Outcome], disk: Store | None = None) -> None:
+    def __init__(self, memory: Cache[Outcome], disk: DiskStore | None = None) -> None:
         self.memory = memory
         self.disk = disk
         self._cloud_versions: dict[str, str] = {}
 
-    def is_worth_reading(self, row_ns: int) -> bool:
+    def is_disk_worthwhile(self, row_ns: int) -> bool:
         """Whether the disk is asked before a model of which one row costs `row_ns`."""
         return self.disk is not None and row_ns >= _LOOKUPS_PER_ROW * self.disk.lookup_ns
 
-    async def from_disk(self, key: bytes, digest: str) -> Recalled | None:
-        """What the disk has under `key`; what is fresh is in memory from now on, as old as it is."""
+    async def read_disk(self, key: bytes, digest: str) -> DiskHit | None:
+        """Return what the disk has for `key`; copy a fresh outcome to memory, where it keeps its age.
+
+        `digest` is that of the model the key belongs to.
+        """
         found = None if self.disk is None else await self.disk.find(key)
         if found is None or found.age_ns >= self.memory.ttl_ns + self.memory.stale_ns:
             return None
@@ -85,49 +92,50 @@ class Recall:
             outcome = decode_outcome(found.value)
         except ValueError:
             return None
-        if outcome.cloud_version and outcome.cloud_version != self._cloud_versions.get(
-            digest, outcome.cloud_version
-        ):
+        current = self._cloud_versions.get(digest, outcome.cloud_version)
+        if outcome.cloud_version not in ("", current):
             return None
         is_fresh = found.age_ns < self.memory.ttl_ns
         if is_fresh:
             size = payload_bytes(outcome.answer)
             self.memory.put(time.monotonic_ns(), key, outcome, size, group=digest, age_ns=found.age_ns)
-        return Recalled(outcome, is_fresh)
+        return DiskHit(outcome, is_fresh)
 
-    def stale(self, key: bytes, recalled: Recalled | None) -> Outcome | None:
-        """The cloud's own answer of earlier, from memory or as just `recalled`; None without one."""
-        kept = self.memory.get_stale(time.monotonic_ns(), key)
-        if kept is None and recalled is not None:
-            kept = recalled.outcome
-        return kept if kept is not None and kept.reason is Reason.UNSURE else None
+    def stale_answer(self, key: bytes, on_disk: DiskHit | None) -> Outcome | None:
+        """Return an earlier answer of the cloud, from memory or else `on_disk`, or None."""
+        found = self.memory.get_stale(time.monotonic_ns(), key)
+        if found is None and on_disk is not None:
+            found = on_disk.outcome
+        return found if found is not None and found.reason is Reason.UNSURE else None
 
-    def keep(
+    def put(
         self, now_ns: int, key: bytes, digest: str, row_ns: int, outcome: Outcome, *, is_private: bool
     ) -> None:
-        """Keep an outcome that is final: not degraded, and not itself from the cache.
+        """Keep a final outcome: neither degraded nor from the cache itself.
 
-        The disk gets what it would be asked for, and nothing private.
+        It is written to disk only if `is_disk_worthwhile` would look there later, and never for private requests.
         """
         self.memory.put(now_ns, key, outcome, payload_bytes(outcome.answer), group=digest)
         if self.disk is None or is_private:
             return
-        if outcome.origin is Origin.CLOUD or self.is_worth_reading(row_ns):
+        if outcome.origin is Origin.CLOUD or self.is_disk_worthwhile(row_ns):
             self.disk.keep(key, digest, encode_outcome(outcome))
 
-    def as_hit(self, key: bytes, found: Outcome) -> Outcome:
-        """What a hit is answered with. Made at the first hit, since most answers are never asked for again."""
-        hit = found.as_kept()
+    def cached_form(self, key: bytes, found: Outcome) -> Outcome:
+        """The outcome that a hit returns. Made at the first hit, because most answers are never asked for again."""
+        if found.origin is Origin.CACHE:
+            return found
+        hit = found.as_cached()
         self.memory.revise(key, hit)
         return hit
 
-    def see_cloud(self, digest: str, version: str) -> None:
-        """A cloud of another version has answered for a model: what earlier versions said is forgotten."""
+    def note_cloud_version(self, digest: str, version: str) -> None:
+        """Drop what other versions of the cloud's model said, once `version` has answered for the model `digest`."""
         if self._cloud_versions.setdefault(digest, version) != version:
             self._cloud_versions[digest] = version
             self.memory.forget(digest, unless=lambda kept: kept.cloud_version in ("", version))
 
-    def forget(self, digest: str, loaded: Collection[str]) -> None:
+    def drop_model(self, digest: str, loaded: Collection[str]) -> None:
         """Drop every answer of the model `digest`, and on disk those of all models but the `loaded` ones."""
         self.memory.forget(digest)
         if self.disk is not None:

@@ -1,4 +1,4 @@
-"""The outcome of one row: the answer, where it comes from, why, and where its time went."""
+"""The outcome of one row: the answer, its origin, the reason for that origin, and the time spent."""
 
 import msgspec
 
@@ -6,9 +6,9 @@ from edge_runtime.core.messages import DEGRADED_REASONS, Answer, Origin, Reason
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """One row's answer, where it comes from and why, and where its time went in nanoseconds.
+    """One row's answer with its origin and reason; `queue_ns`, `infer_ns` and `cloud_ns` are nanoseconds spent.
 
-    `cloud_version` is the version of the cloud's model where that one answered.
+    `cloud_version` is the version of the cloud's model if that model gave the answer, else "".
     """
 
     answer: Answer
@@ -21,20 +21,20 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def is_degraded(self) -> bool:
-        """Whether the cloud should have been asked and could not be."""
+        """Whether the cloud should have answered and could not."""
         return self.reason in DEGRADED_REASONS
 
     @property
     def is_stale(self) -> bool:
-        """Whether it is an earlier answer of the cloud, past its time."""
+        """Whether the answer is an earlier one of the cloud, past its time to live."""
         return self.reason is Reason.STALE
 
-    def as_kept(self) -> "Outcome":
-        """As it is returned from the cache: it cost nothing then."""
+    def as_cached(self) -> "Outcome":
+        """The outcome of a cache hit with this answer: no time was spent on it."""
         return Outcome(self.answer, Origin.CACHE, self.reason, cloud_version=self.cloud_version)
 
     def as_stale(self, local: "Outcome") -> "Outcome":
-        """As it is returned past its time, in place of the degraded answer `local` whose time was spent."""
+        """The outcome if this expired answer replaces the degraded outcome `local`, whose time was spent anyway."""
         return Outcome(
             self.answer, Origin.CACHE, Reason.STALE, local.queue_ns, local.infer_ns, local.cloud_ns,
             self.cloud_version,
@@ -42,7 +42,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
 
 def payload_bytes(answer: Answer) -> int:
-    """What an answer's values take."""
+    """Bytes of the values and extras of an answer."""
     total = 0
     for value in answer.values:
         total += len(value) if isinstance(value, bytes) else value.nbytes

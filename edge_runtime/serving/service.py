@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from edge_runtime.caching.two_level import Recall, Store
+from edge_runtime.caching.two_level import DiskStore, TwoLevelCache
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.caching.keys import ROUTING_PARAMETERS, KeyPrefix
 from edge_runtime.core.errors import CloudError, InvalidRequest, RefusalKind, Refused, UnknownModel, refusal
@@ -98,14 +98,14 @@ class Service:
         device_secret: bytes,
         timeout_s: float,
         cloud_timeout_s: float,
-        store: Store | None = None,
+        store: DiskStore | None = None,
     ) -> None:
         """`device_secret`: 32 random bytes from which each tenant's cache key is derived.
 
         `store` is the second level of `cache`; it outlives the process, and so must `device_secret` then.
         """
         self._models = dict(models)
-        self.recall = None if cache is None else Recall(cache, store)
+        self.recall = None if cache is None else TwoLevelCache(cache, store)
         self._cloud = cloud
         self._device_secret = device_secret
         self._timeout_ns = int(timeout_s * 1e9)
@@ -141,7 +141,7 @@ class Service:
         self._models[served.info.name] = served
         self._prefixes.clear()
         if self.recall is not None:
-            self.recall.forget(former.info.digest, [model.info.digest for model in self._models.values()])
+            self.recall.drop_model(former.info.digest, [model.info.digest for model in self._models.values()])
         return former
 
     async def infer(
@@ -264,7 +264,7 @@ class Service:
         if found is not None:
             statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
             statistics.queue.add(0)  # as Triton counts: load generators look for it
-            return found if found.origin is Origin.CACHE else recall.as_hit(key, found)
+            return recall.cached_form(key, found)
         statistics.cache_miss.add(time.monotonic_ns() - looked_ns)
         self._flights[key] = None
         try:
@@ -279,7 +279,7 @@ class Service:
         # A model that was replaced meanwhile would fill the cache with what nobody can ask for.
         if is_final and self._models.get(served.info.name) is served:
             digest = served.info.digest
-            recall.keep(looked_ns, key, digest, served.row_ns, outcome, is_private=travel.is_private)
+            recall.put(looked_ns, key, digest, served.row_ns, outcome, is_private=travel.is_private)
         return outcome
 
     async def _follow(self, key: bytes, patience_ns: int) -> Outcome | None:
@@ -313,8 +313,8 @@ class Service:
         `key` is the row's in the cache, None where the caller wants none of it.
         """
         recall = self.recall
-        if key is not None and recall is not None and recall.is_worth_reading(served.row_ns):
-            recalled = await recall.from_disk(key, served.info.digest)
+        if key is not None and recall is not None and recall.is_disk_worthwhile(served.row_ns):
+            recalled = await recall.read_disk(key, served.info.digest)
             if recalled is not None and recalled.is_fresh:
                 return recalled.outcome
         try:
@@ -335,13 +335,13 @@ class Service:
             return kept
         recalled = None
         if key is not None and recall is not None:
-            recalled = await recall.from_disk(key, served.info.digest)  # the cloud always costs more
+            recalled = await recall.read_disk(key, served.info.digest)  # the cloud always costs more
             if recalled is not None and recalled.is_fresh:
                 return replace(recalled.outcome, queue_ns=edge.queue_ns, infer_ns=edge.infer_ns)
         if decision.escalate and self._cloud is not None:
             kept = await self._escalate(self._cloud, served, row, travel, edge.answer, kept)
         if kept.is_degraded and key is not None and recall is not None:
-            stale = recall.stale(key, recalled)
+            stale = recall.stale_answer(key, recalled)
             if stale is not None:
                 return stale.as_stale(kept)
         return kept
@@ -367,7 +367,7 @@ class Service:
         except (CloudError, InvalidRequest):
             return replace(kept, reason=Reason.CLOUD_FAILED, cloud_ns=time.monotonic_ns() - now_ns)
         if self.recall is not None:
-            self.recall.see_cloud(served.info.digest, version)
+            self.recall.note_cloud_version(served.info.digest, version)
         return replace(
             kept,
             answer=travel.trim(answer),

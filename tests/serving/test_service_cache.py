@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime.caching.answer_store import AnswerStore, Found
 from edge_runtime.caching.outcome_codec import encode_outcome
-from edge_runtime.caching.two_level import Recall
+from edge_runtime.caching.two_level import TwoLevelCache
 from edge_runtime.config import CacheSettings, Config
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
@@ -606,7 +606,7 @@ def test_what_comes_from_disk_dies_in_memory_when_it_would_have_on_disk():
         memory, store = Cache(1 << 20, HOUR, 0), Memory()
         store.keep(b"k", "d", encode_outcome(Outcome(Answer((b"v",), 0.5), Origin.CLOUD, Reason.UNSURE)))
         store.age_ns = HOUR - 10**9
-        recalled = await Recall(memory, store).from_disk(b"k", "d")
+        recalled = await TwoLevelCache(memory, store).read_disk(b"k", "d")
         assert recalled.is_fresh
         assert memory.get(time.monotonic_ns(), b"k") is not None
         assert memory.get(time.monotonic_ns() + 10**9, b"k") is None

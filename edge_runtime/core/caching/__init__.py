@@ -1,1 +1,1 @@
-"""The key law, expiry and eviction of answers."""
+"""Which requests share an answer, how long an answer lives, and which answers are evicted."""

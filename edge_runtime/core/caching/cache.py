@@ -1,6 +1,6 @@
-"""The answer cache: admission, expiry and revision. No clock: `now_ns` is an argument.
+"""The answer cache in memory: admission, expiry and replacement. It has no clock: `now_ns` is an argument.
 
-`core.caching.keys` says which requests share an answer, and `core.caching.s3fifo` which answers are evicted.
+`core.caching.keys` defines which requests share an answer, and `core.caching.s3fifo` which answers are evicted.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,15 @@ Value = TypeVar("Value")
 
 
 class Cache(Generic[Value]):
-    """Answers within `max_bytes`, each fresh for `ttl_ns` and, for who has nothing better, `stale_ns` longer.
+    """Answers within `max_bytes`, fresh for `ttl_ns`; for `stale_ns` more only `get_stale` returns them.
 
-    Invariants (a state machine tests them): the sizes never sum above `max_bytes`; what is expired is
-    never returned as fresh, nor anything beyond its stale time; a value is returned only under the key it was put.
+    Invariants (a state machine tests them): the sizes never sum above `max_bytes`; `get` returns no expired value and
+    `get_stale` none beyond its stale time; a value is returned only under the key it was put with.
     """
 
-    #: What an entry costs beside its payload: key, slot, entry, the answer's own objects, and the key that is
-    #: remembered after it went. Measured with tracemalloc on CPython 3.11 for answers to commands: 690 to 719 in all.
+    #: Bytes of an entry beside its payload: key, dictionary slot, entry, the objects of the answer, and the key that
+    #: the ghost queue remembers after an eviction. Measured with tracemalloc on CPython 3.11 for answers to commands:
+    #: 690 to 719 in all.
     OVERHEAD_BYTES = 700
 
     def __init__(
@@ -34,12 +35,12 @@ class Cache(Generic[Value]):
 
     @property
     def size_bytes(self) -> int:
-        """What all entries cost."""
+        """Bytes of all entries."""
         return self._eviction.size_bytes
 
     @property
     def evictions(self) -> int:
-        """Entries that went for others."""
+        """How many entries made room for others."""
         return self._eviction.evictions
 
     def get(self, now_ns: int, key: bytes) -> Value | None:
@@ -59,19 +60,19 @@ class Cache(Generic[Value]):
     def put(
         self, now_ns: int, key: bytes, value: Value, payload_bytes: int, *, group: str = "", age_ns: int = 0
     ) -> None:
-        """Keep `value`, which is already `age_ns` old, unless it cannot fit at all.
+        """Keep `value`, which is already `age_ns` old, unless it is larger than the whole cache.
 
-        `group` is what it is forgotten with: the digest of its model.
+        `group` is the digest of its model: `forget` drops values by group.
         """
         expires_ns = now_ns + self.ttl_ns - age_ns
         self._eviction.put(Entry(key, value, group, payload_bytes + self.OVERHEAD_BYTES, expires_ns))
 
     def revise(self, key: bytes, value: Value) -> None:
-        """Put `value`, of the same size, in place of the one that is kept, with its time and its uses."""
+        """Replace the value of `key` by one of the same size; its expiry and its use count stay."""
         entry = self._eviction.get(key)
         if entry is not None:
             entry.value = value
 
     def forget(self, group: str, *, unless: Callable[[Value], bool] = lambda _: False) -> None:
-        """Drop the entries of `group`, but those whose values `unless` holds for."""
+        """Drop the entries of `group` except those whose value satisfies `unless`."""
         self._eviction.retain(lambda entry: entry.group != group or unless(entry.value))

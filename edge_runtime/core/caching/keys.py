@@ -1,7 +1,7 @@
-"""The key law of the answer cache: which requests may share an answer.
+"""The keys of the answer cache: two requests share an answer if and only if their keys are equal.
 
-A key is a keyed digest, so that neither a log nor a memory dump tells which command was asked, and so
-that no tenant can hit, probe or poison another tenant's entries.
+A key is a keyed digest, so that neither a log nor a memory dump reveals which command was asked, and so
+that no tenant can read, probe or poison the entries of another tenant.
 """
 
 import hashlib
@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from edge_runtime.core.messages import Scalar
 
 _KEY_SCHEMA = b"er-cache-v2"  # change whenever the fields below change
-#: Request parameters which steer how a request travels and can never change what the answer is.
+#: Parameters that decide how a request is routed and scheduled, and can never change the answer itself.
 ROUTING_PARAMETERS = frozenset({"timeout", "deadline_ms", "cache", "priority"})
 
 
 class KeyPrefix:
-    """Everything of a cache key but the row itself, hashed once and reused for each row.
+    """The part of a cache key that all rows of a request share, hashed once and reused for each row.
 
     | part               | why two requests that differ in it must not share an answer         |
     |--------------------|----------------------------------------------------------------------|
-    | tenant secret      | timing would tell one tenant what another asked                      |
+    | tenant secret      | timing would reveal to one tenant what another asked                 |
     | model digest       | a new version never answers from the old one's entries               |
     | processing version | the same text may become other tensors                               |
     | engine             | another runner, its version or its batches may round otherwise       |
@@ -28,7 +28,7 @@ class KeyPrefix:
     | requested outputs  | another selection is another answer                                  |
     | row                | input names, datatypes, shapes and bytes, as the processor wrote it  |
 
-    Engine and policy stand still while a process lives; they matter to entries that outlive it.
+    Engine and policy are constant while a process lives; they matter to entries that outlive it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class KeyPrefix:
         for name in sorted(parameters.keys() - ROUTING_PARAMETERS):
             value = parameters[name]
             fields += [name, type(value).__name__, str(value)]
-        # The counts keep parameters and outputs apart; the lengths keep neighbours apart.
+        # The count separates parameters from outputs; the length of each field separates neighbours.
         fields.append(str(len(fields)))
         fields += outputs
         for text in fields:
@@ -55,7 +55,7 @@ class KeyPrefix:
             self._hash.update(len(raw).to_bytes(8, "little") + raw)
 
     def key(self, row: bytes) -> bytes:
-        """The 16-byte key of one row: 128 bits leave accidental equality out of reach."""
+        """The 16-byte key of one row: with 128 bits, accidental equality is out of reach."""
         keyed = self._hash.copy()
         keyed.update(row)
         return keyed.digest()

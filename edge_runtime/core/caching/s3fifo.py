@@ -1,11 +1,12 @@
-"""Which answers stay when memory is short: S3-FIFO, bounded in bytes. No clock, no randomness, no values read.
+"""Which answers stay when memory is short: S3-FIFO, bounded in bytes. It uses no clock and no randomness, and reads
+no values.
 
-S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023): most answers are asked for
-once, so a new one waits in a small queue and goes from there, unless it was asked for again meanwhile; the
-main queue gives each answer that was used another round. A hit counts up and moves nothing, which is why it
-costs less than the reordering of LRU. With entries of one size this is the paper's policy; where sizes differ, what
-is larger than the mean must have been asked for as many times more often, which brings the hits of few large
-answers to many small ones. `python -m tools.cache_traces` compares it with LRU and W-TinyLFU.
+S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023): most answers are requested only
+once, so a new entry waits in a small queue and is evicted from there unless it is requested again meanwhile; the
+main queue gives each entry that was used another round. A hit increments a counter and moves nothing, so it
+costs less than the reordering of LRU. With entries of one size this is the paper's policy. Where sizes differ, an
+entry twice as large as the mean must be requested twice as often to stay, which trades the hits of few large
+answers for those of many small ones. `python -m tools.cache_traces` compares it with LRU and W-TinyLFU.
 """
 
 from collections import deque
@@ -17,13 +18,13 @@ import msgspec
 Value = TypeVar("Value")
 
 _SMALL_SHARE = 0.1  # of the bytes, as in the paper; with 0.05 and 0.2 hit ratios differ by about a point
-_MOST_USES = 3  # two bits, as in the paper: rounds an answer survives in the main queue unasked
+_MOST_USES = 3  # two bits, as in the paper: rounds an entry survives in the main queue without a request
 
 
 class Entry(msgspec.Struct, Generic[Value], gc=False):
-    """A kept value. `group` is what it goes with when that is forgotten; `uses` and `is_main` are the policy's.
+    """A kept value. `retain` can drop entries by their `group`; `uses` and `is_main` belong to the policy.
 
-    No value knows its entry, so no cycle can come about, and thousands of entries are none of the collector's business.
+    No value refers to its entry, so no reference cycle can exist, and the garbage collector need not track entries.
     """
 
     key: bytes
@@ -36,10 +37,10 @@ class Entry(msgspec.Struct, Generic[Value], gc=False):
 
 
 class Eviction(Protocol[Value]):
-    """A bounded set of entries by key that decides by itself which ones it lets go.
+    """A bounded set of entries by key that decides which ones it evicts.
 
-    Invariants: `size_bytes` is the sum of the entries' and never above `max_bytes`; the same calls in the
-    same order leave the same entries.
+    Invariants: `size_bytes` is the sum of the sizes of all entries and never above `max_bytes`; the same calls in
+    the same order leave the same entries.
     """
 
     max_bytes: int
@@ -52,14 +53,14 @@ class Eviction(Protocol[Value]):
         """The entry of `key`, counted as a use."""
 
     def put(self, entry: Entry[Value]) -> None:
-        """Keep `entry` in place of an older one of its key, or not; others may go for it."""
+        """Keep `entry` in place of an older one of its key, or reject it; others may be evicted for it."""
 
     def retain(self, keeps: Callable[[Entry[Value]], bool]) -> None:
-        """Drop all entries but those that `keeps` holds for."""
+        """Drop all entries except those that `keeps` accepts."""
 
 
 class S3Fifo(Generic[Value]):
-    """Three queues: new entries, entries that proved useful, and the keys of those that went too early."""
+    """Three queues: new entries, entries that were used again, and the keys of new entries that were evicted."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -77,14 +78,14 @@ class S3Fifo(Generic[Value]):
         return len(self._entries)
 
     def get(self, key: bytes) -> Entry[Value] | None:
-        """The entry of `key`; the next rounds know that it was asked for."""
+        """The entry of `key`; its use counts in the next rounds."""
         entry = self._entries.get(key)
         if entry is not None and entry.uses < _MOST_USES:
             entry.uses += 1
         return entry
 
     def put(self, entry: Entry[Value]) -> None:
-        """Keep `entry`. One that cannot fit evicts nobody and is not kept, nor is what it would replace."""
+        """Keep `entry`. One larger than the cache evicts nothing and is rejected; an older one of its key is dropped."""
         old = self._entries.get(entry.key)
         if entry.size_bytes > self.max_bytes:
             if old is not None:
@@ -102,7 +103,7 @@ class S3Fifo(Generic[Value]):
         if entry.key in self._ghosts:
             self._ghosts.discard(entry.key)
             entry.uses = 1
-            # A large one must prove itself once more (57.0 in place of 56.0 % of Zipf 0.9 with 5 % of the bytes).
+            # A large entry must be used once more (57.0 in place of 56.0 % of Zipf 0.9 with 5 % of the bytes).
             entry.is_main = entry.size_bytes * len(self._entries) <= 2 * self.size_bytes
         if entry.is_main:
             self._main.append(entry)
@@ -111,7 +112,7 @@ class S3Fifo(Generic[Value]):
             self._small.append(entry)
 
     def retain(self, keeps: Callable[[Entry[Value]], bool]) -> None:
-        """Drop all entries but those that `keeps` holds for; these stay in their order."""
+        """Drop all entries except those that `keeps` accepts; these stay in their order."""
         self._small = deque(entry for entry in self._small if keeps(entry))
         self._main = deque(entry for entry in self._main if keeps(entry))
         self._entries = {entry.key: entry for entry in (*self._small, *self._main)}
@@ -119,7 +120,7 @@ class S3Fifo(Generic[Value]):
         self.size_bytes = self._small_bytes + sum(entry.size_bytes for entry in self._main)
 
     def _replace(self, old: Entry[Value], new: Entry[Value]) -> None:
-        """A new value in the old place: what was asked for often stays known as such."""
+        """Put a new value in the place of an old one, whose use count stays."""
         grown = new.size_bytes - old.size_bytes
         self.size_bytes += grown
         if not old.is_main:
@@ -129,13 +130,13 @@ class S3Fifo(Generic[Value]):
         self._make_room(0)
 
     def _make_room(self, size_bytes: int) -> None:
-        """Let entries go, or move them on, until `size_bytes` more fit. It ends, since each round uses up `uses`."""
+        """Evict entries or move them on until `size_bytes` more fit. It ends, because each round decrements `uses`."""
         entries, small, main = self._entries, self._small, self._main
         while self.size_bytes + size_bytes > self.max_bytes:
             if small and (self._small_bytes > self._small_limit or not main):
                 entry = small.popleft()
                 self._small_bytes -= entry.size_bytes
-                # Asked for more often than it is larger than the mean; where sizes are equal: twice.
+                # More uses than the entry is times as large as the mean: with equal sizes two, as in the paper.
                 if entry.uses and entry.uses * self.size_bytes > entry.size_bytes * len(entries):
                     entry.uses = 0
                     entry.is_main = True
@@ -153,7 +154,7 @@ class S3Fifo(Generic[Value]):
             self.evictions += 1
 
     def _remember(self, key: bytes) -> None:
-        """Keep the key of what went from the small queue, as many as there are entries."""
+        """Remember the key of an entry evicted from the small queue; at most as many keys as there are entries."""
         self._ghosts.add(key)
         self._ghost_order.append(key)
         while len(self._ghost_order) > len(self._entries):
