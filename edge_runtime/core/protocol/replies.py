@@ -16,6 +16,7 @@ from edge_runtime.core.messages import (
     Tensor,
     TensorSpec,
 )
+from edge_runtime.core.outcome import Outcome
 
 
 def requested_outputs(signature: Signature, request: InferRequest) -> tuple[OutputRequest, ...]:
@@ -50,6 +51,27 @@ def build_reply(
     )
 
 
+def explain(outcomes: Sequence[Outcome], total_ns: int) -> dict[str, Scalar]:
+    """Return the reply's parameters: origin and reason are one word where all rows agree, else one for each row.
+
+    Several words are joined by commas. Times are the longest of a row, in microseconds.
+    """
+    origins = [outcome.origin.value for outcome in outcomes]
+    reasons = [outcome.reason.value for outcome in outcomes]
+    fields: dict[str, Scalar] = {
+        "origin": origins[0] if len(set(origins)) == 1 else ",".join(origins),
+        "reason": reasons[0] if len(set(reasons)) == 1 else ",".join(reasons),
+        "degraded": any(outcome.is_degraded for outcome in outcomes),
+        "queue_us": max(outcome.queue_ns for outcome in outcomes) // 1000,
+        "infer_us": max(outcome.infer_ns for outcome in outcomes) // 1000,
+        "cloud_us": max(outcome.cloud_ns for outcome in outcomes) // 1000,
+        "total_us": total_ns // 1000,
+    }
+    if any(outcome.is_stale for outcome in outcomes):
+        fields["stale"] = True
+    return fields
+
+
 def read_answer(
     signature: Signature, reply: InferReply, confidence_output: str | None, *, with_extras: bool = False
 ) -> Answer:
@@ -79,7 +101,10 @@ def _stack(index: int, spec: TensorSpec, answers: Sequence[Answer]) -> Tensor:
         if len(texts) != len(values):
             raise EngineFailed(f"The model's output {spec.name} is not text as its signature promises.")
         return Tensor(spec.name, spec.datatype, (len(values),), texts)
-    stacked = np.stack([np.asarray(value) for value in values])
+    if len(values) == 1:
+        stacked = np.asarray(values[0])[None]  # np.stack takes four times as long for one row
+    else:
+        stacked = np.stack([np.asarray(value) for value in values])
     return Tensor(spec.name, spec.datatype, stacked.shape, stacked)
 
 
