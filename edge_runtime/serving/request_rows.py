@@ -43,7 +43,7 @@ class Counters:
 
     def count(self, model: str, outcome: Outcome) -> None:
         """Count one answered row."""
-        key = (model, outcome.origin.value, outcome.reason.value)
+        key = (model, str(outcome.origin), str(outcome.reason))
         self.outcomes[key] = self.outcomes.get(key, 0) + 1
 
 
