@@ -112,16 +112,16 @@ def _cache(service: Service) -> Iterable[Metric]:
         "Rows that waited for the answer of an identical row in flight.",
         service.counters.coalesced,
     )
-    if service.recall is None:
+    if service.cache is None:
         return
-    memory = service.recall.memory
+    memory = service.cache.memory
     yield GaugeMetricFamily("edge_cache_bytes", "Bytes the cache holds.", memory.size_bytes)
     yield GaugeMetricFamily("edge_cache_entries", "Answers the cache holds.", len(memory))
     yield CounterMetricFamily(
         "edge_cache_evictions", "Answers evicted to make room for others.", memory.evictions
     )
-    if service.recall.disk is not None:
-        yield from _disk(service.recall.disk)
+    if service.cache.disk is not None:
+        yield from _disk(service.cache.disk)
 
 
 def _disk(store: DiskStore) -> Iterable[Metric]:

@@ -54,9 +54,9 @@ def _model_status(service: Service, info: ModelInfo) -> dict[str, object]:
 
 def cache_status(service: Service) -> dict[str, object] | None:
     """What both levels of the cache hold and did; None where the cache is off."""
-    if service.recall is None:
+    if service.cache is None:
         return None
-    memory, disk = service.recall.memory, service.recall.disk
+    memory, disk = service.cache.memory, service.cache.disk
     statistics = [service.statistics(info.name) for info in service.models()]
     outcomes = service.counters.outcomes.items()
     return {

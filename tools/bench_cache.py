@@ -30,7 +30,7 @@ def question(number: int) -> InferRequest:
 
 def core_ns(rounds: int = 200, calls: int = 200) -> dict[str, float]:
     """Medians of one key, one get that finds, and both, in nanoseconds."""
-    prefix = KeyPrefix(b"s" * 32, "d" * 64, "1", "onnxruntime", "0.8", {}, ("intent", "confidence"))
+    prefix = KeyPrefix(b"s" * 32, "d" * 64, "1", "onnxruntime", {}, ("intent", "confidence"))
     cache = Cache[int](1 << 20, 10**12)
     rows = [f"turn the lights off in room {i}".encode() for i in range(calls)]
     keys = [prefix.key(row) for row in rows]
@@ -63,9 +63,9 @@ async def service_ns(pairs: int) -> dict[str, Any]:
     """Medians of a hit and of requests never repeated, with the cache and without."""
     async with Runtime.open(Config()) as runtime:
         cached = runtime.service
-        # The same lane under both: two loads of a model may differ, if only in whether it runs on the loop.
+        # The same runner under both: two loads of a model may differ, if only in whether it runs on the loop.
         plain = Service(
-            cached._models,  # noqa: SLF001
+            {served.info.name: served for served in cached.registry},
             cache=None,
             cloud=None,
             device_secret=b"s" * 32,

@@ -129,7 +129,7 @@ async def turns(count=5):
 
 
 def rows(one):
-    return sum(count * often for count, often in one.lane.statistics.batch_sizes.items())
+    return sum(count * often for count, often in one.runner.statistics.batch_sizes.items())
 
 
 # The key law
@@ -181,18 +181,16 @@ def test_how_a_request_travels_does_not_keep_it_from_the_cache(model):
 
 
 @pytest.mark.parametrize(
-    ("other", "cloud"),
+    "other",
     [
-        ({"digest": "0" * 64}, False),
-        ({"accept_threshold": 0.1}, False),
-        ({"is_batch_invariant": False}, False),
-        ({"engine": "runner 2"}, False),
-        ({"processing": "2"}, False),
-        ({}, True),
+        {"digest": "0" * 64},
+        {"is_batch_invariant": False},
+        {"engine": "runner 2"},
+        {"processing": "2"},
     ],
     ids=str,
 )
-def test_after_a_restart_only_what_would_be_computed_alike_is_found_on_disk(model, other, cloud):
+def test_after_a_restart_only_what_would_be_computed_alike_is_found_on_disk(model, other):
     """Same secret, same store, same question; one thing about the process differs."""
 
     async def scenario():
@@ -208,10 +206,40 @@ def test_after_a_restart_only_what_would_be_computed_alike_is_found_on_disk(mode
             one = replace(one, engine=other["engine"])
         if "processing" in other:
             one = replace(one, processor=Processing(model.processor, other["processing"]))
-        service = service_of(one, store=store, cloud=Cloud(model) if cloud else None)
+        service = service_of(one, store=store)
         assert (await service.infer("commands", None, text())).parameters["origin"] == "local"
         same = service_of(served(model, sure=True, info=info), store=store)
         assert (await same.infer("commands", None, text())).parameters["origin"] == "cache"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("was_sure", "threshold", "with_cloud", "origin", "reason", "asked"),
+    [
+        (True, 0.1, False, "cache", "confident", 0),
+        (True, None, True, "cache", "local_only", 0),
+        (True, 0.9, True, "cache", "confident", 0),
+        (False, 0.9, True, "cloud", "unsure", 1),  # there was no cloud to ask when it was kept
+        (False, 0.9, False, "cache", "local_only", 0),
+        (False, 0.0, True, "cache", "confident", 0),
+    ],
+)
+def test_after_a_restart_a_kept_answer_of_the_edge_is_decided_again(
+    model, was_sure, threshold, with_cloud, origin, reason, asked
+):
+    """Same secret, same store, same question, another threshold or a cloud: the model does not run again."""
+
+    async def scenario():
+        info = replace(model.info, latency_profile=((1, 10**9),))
+        store, cloud = Memory(), Cloud(model)
+        await service_of(served(model, sure=was_sure, info=info), store=store).ask("x")
+        assert len(store.kept) == 1
+        one = served(model, sure=was_sure, info=replace(info, accept_threshold=threshold))
+        service = service_of(one, cloud if with_cloud else None, store)
+        reply = await service.infer("commands", None, text())
+        assert (reply.parameters["origin"], reply.parameters["reason"]) == (origin, reason)
+        assert (rows(one), cloud.asked) == (0, asked)
 
     run(scenario)
 
@@ -305,10 +333,10 @@ def test_a_new_version_answers_anew_and_the_old_ones_answers_are_gone(model):
         old, store = served(model, sure=True), Memory()
         service = service_of(old, store=store)
         await service.ask("x")
-        assert len(service.recall.memory) == 1
+        assert len(service.cache.memory) == 1
         newer = served(model, sure=True, info=replace(model.info, version="9", digest="9" * 64))
         assert service.replace_model(newer) is old
-        assert len(service.recall.memory) == 0
+        assert len(service.cache.memory) == 0
         assert list(store.retained) == ["9" * 64]
         assert (await service.ask("x")).origin is Origin.LOCAL
         assert rows(newer) == 1
@@ -326,7 +354,7 @@ def test_an_answer_of_a_version_that_was_replaced_meanwhile_is_not_kept(model):
         service.replace_model(served(model, info=replace(model.info, digest="9" * 64)))
         cloud.gate.set()
         assert (await asker).origin is Origin.CLOUD
-        assert len(service.recall.memory) == 0
+        assert len(service.cache.memory) == 0
 
     run(scenario)
 
@@ -338,7 +366,7 @@ def test_a_new_version_of_the_cloud_ends_what_the_former_said(model):
         await service.ask("x")
         cloud.version, cloud.says = "2", 2
         await service.ask("y")
-        assert len(service.recall.memory) == 1
+        assert len(service.cache.memory) == 1
         again = await service.ask("x")  # the disk still has what version 1 said: it is not believed
         assert (again.origin, again.answer.values[0]) == (Origin.CLOUD, model.processor.labels[2])
 
@@ -434,7 +462,7 @@ def test_a_cancelled_leader_hands_over_and_the_others_never_notice(model):
         results = await asyncio.gather(*askers, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results[:2])
         assert all(result.origin is Origin.CLOUD for result in results[2:])
-        assert (cloud.asked, rows(one), service._flights) == (3, 3, {})
+        assert (cloud.asked, rows(one), len(service._flights)) == (3, 3, 0)
 
     run(scenario)
 
@@ -452,7 +480,7 @@ def test_a_cancelled_follower_takes_nobody_with_it(model):
         assert [asker.done() for asker in askers] == [False, True, True, True]
         cloud.gate.set()
         assert (await askers[0]).origin is Origin.CLOUD
-        assert (cloud.asked, service._flights) == (1, {})
+        assert (cloud.asked, len(service._flights)) == (1, 0)
 
     run(scenario)
 
@@ -467,7 +495,7 @@ def test_a_leader_refused_for_its_own_deadline_leaves_the_others_theirs(model):
         assert isinstance(results[0], Refused)
         assert results[0].kind is RefusalKind.LATE
         assert all(result.parameters["origin"] == "local" for result in results[1:])
-        assert (rows(one), service._flights) == (1, {})
+        assert (rows(one), len(service._flights)) == (1, 0)
 
     run(scenario)
 
@@ -490,7 +518,7 @@ def test_a_leader_refused_while_it_waits_leaves_its_followers_theirs(model):
         for follower in followers:
             assert (await follower).parameters["origin"] == "local"
         await busy
-        assert service._flights == {}
+        assert len(service._flights) == 0
 
     run(scenario)
 
@@ -525,7 +553,7 @@ def test_an_error_is_everybodys_once_and_nobodys_after(model):
         service = service_of(served(model, engine=engine))
         results = await asyncio.gather(*(service.ask("x") for _ in range(3)), return_exceptions=True)
         assert all(isinstance(result, EngineFailed) for result in results)
-        assert len(service.recall.memory) == 0
+        assert len(service.cache.memory) == 0
         assert (await service.ask("x")).origin is Origin.LOCAL
         assert len(engine.batch_sizes) == 2
 
@@ -590,7 +618,7 @@ def test_age_on_disk_counts_in_memory_and_past_its_time_it_serves_only_in_need(m
         cloud.is_connected = False
         stale = await service.ask("x")
         assert (stale.reason, stale.answer.values[0]) == (Reason.STALE, model.processor.labels[1])
-        assert len(service.recall.memory) == 0  # not admitted by that
+        assert len(service.cache.memory) == 0  # not admitted by that
         cloud.is_connected = True
         assert (await service.ask("x")).origin is Origin.CLOUD
         store.age_ns = HOUR + DAY
@@ -622,7 +650,7 @@ def test_a_find_on_disk_is_not_kept_anew(model):
         before = dict(store.kept)
         service = service_of(served(model), cloud, store)
         assert (await service.ask("x")).origin is Origin.CACHE
-        (entry,) = service.recall.memory._eviction._entries.values()
+        (entry,) = service.cache.memory._eviction._entries.values()
         assert entry.expires_ns <= time.monotonic_ns() + 10**9
         assert store.kept == before
 
@@ -648,7 +676,7 @@ def test_degraded_answers_are_kept_nowhere(model):
         service = service_of(served(model), cloud, store)
         await service.ask("x")
         assert not store.kept
-        assert len(service.recall.memory) == 0
+        assert len(service.cache.memory) == 0
 
     run(scenario)
 

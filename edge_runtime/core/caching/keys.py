@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from edge_runtime.core.messages import Scalar
 
-_KEY_SCHEMA = b"er-cache-v2"  # change whenever the fields below change
+_KEY_SCHEMA = b"er-cache-v3"  # change whenever the fields below change
 #: Parameters that decide how a request is routed and scheduled, and can never change the answer itself.
 ROUTING_PARAMETERS = frozenset({"timeout", "deadline_ms", "cache", "priority"})
 
@@ -23,12 +23,13 @@ class KeyPrefix:
     | model digest       | a new version never answers from the old one's entries               |
     | processing version | the same text may become other tensors                               |
     | engine             | another runner, its version or its batches may round otherwise       |
-    | policy             | another threshold, or a cloud where there was none, decides otherwise|
     | parameters         | any parameter but ROUTING_PARAMETERS may steer the answer             |
     | requested outputs  | another selection is another answer                                  |
     | row                | input names, datatypes, shapes and bytes, as the processor wrote it  |
 
-    Engine and policy are constant while a process lives; they matter to entries that outlive it.
+    The engine is constant while a process lives; it matters to entries that outlive the process. What may move while
+    answers are kept is no part of a key: a cached answer of the edge is decided again with the threshold and the cloud
+    of the moment.
     """
 
     def __init__(
@@ -37,13 +38,12 @@ class KeyPrefix:
         model_digest: str,
         processing_version: str,
         engine: str,
-        policy: str,
         parameters: Mapping[str, Scalar],
         outputs: Sequence[str],
     ) -> None:
         """Hash the parts; `tenant_secret` is 16 to 64 random bytes."""
         self._hash = hashlib.blake2b(digest_size=16, key=tenant_secret, person=_KEY_SCHEMA)
-        fields = [model_digest, processing_version, engine, policy]
+        fields = [model_digest, processing_version, engine]
         for name in sorted(parameters.keys() - ROUTING_PARAMETERS):
             value = parameters[name]
             fields += [name, type(value).__name__, str(value)]

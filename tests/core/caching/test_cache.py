@@ -15,7 +15,6 @@ BASE = {
     "model_digest": "d1",
     "processing_version": "1",
     "engine": "onnxruntime 1.30 True",
-    "policy": "0.8 True",
     "parameters": {"a": 1},
     "outputs": ("intent",),
 }
@@ -41,7 +40,7 @@ def test_how_a_request_travels_is_not_part_of_what_it_asks():
         {"model_digest": "d2"},
         {"processing_version": "2"},
         {"engine": "onnxruntime 1.30 False"},
-        {"policy": "0.9 True"},
+        {"engine": "onnxruntime 1.31 True"},
         {"parameters": {"a": 2}},
         {"parameters": {"a": "1"}},
         {"parameters": {"a": True}},
@@ -55,7 +54,7 @@ def test_how_a_request_travels_is_not_part_of_what_it_asks():
         {"row": b"row\0"},
         {"model_digest": "d", "processing_version": "11"},  # a byte moved between neighbours
         {"processing_version": "1o", "engine": "nnxruntime 1.30 True"},
-        {"engine": "onnxruntime 1.30 True0", "policy": ".8 True"},
+        {"engine": "onnxruntime 1.30 Truea", "parameters": {"": 1}},
         {"parameters": {}, "outputs": ("a", "int", "1", "intent")},
     ],
 )
@@ -68,7 +67,6 @@ FIELDS = st.fixed_dictionaries(
         "model_digest": st.text("ab", max_size=2),
         "processing_version": st.text("ab", max_size=2),
         "engine": st.text("ab", max_size=2),
-        "policy": st.text("ab", max_size=2),
         "parameters": st.dictionaries(
             st.text("ab", max_size=1), st.sampled_from([1, "1", True, "a"]), max_size=2
         ),
