@@ -8,16 +8,20 @@ import socket
 import subprocess
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
-from edge_runtime.bundles.folder import find_bundle, load_bundle
-from edge_runtime.loading.trial_record import FirstLoads
 from tests.processes import EDGE, running
 
-#: `make soak` looks fifty times as long. Machines are shared: no example has a time limit.
+#: How many examples a property is tried on. "quick" is for a developer who runs pytest after each change, "ci" for
+#: `make test`, "soak" for `make soak`. "guards" is for copies that are broken on purpose: to shrink their failures would
+#: take minutes, and nobody reads them. Machines are shared: no example has a time limit.
+settings.register_profile("quick", max_examples=5, deadline=None)
 settings.register_profile("ci", max_examples=40, deadline=None)
 settings.register_profile("soak", max_examples=2000, deadline=None)
-settings.load_profile(os.environ.get("EDGE_RUNTIME_TESTS", "ci"))
+settings.register_profile(
+    "guards", max_examples=40, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True
+)
+settings.load_profile(os.environ.get("EDGE_RUNTIME_TESTS", "quick"))
 
 MOSQUITTO = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin")
 
@@ -72,6 +76,9 @@ def free_port():
 @pytest.fixture(scope="session")
 def passed_trials(request, tmp_path_factory):
     """The trial of the shipped edge bundle, made once per version of the runner and kept between runs."""
+    from edge_runtime.bundles.folder import find_bundle, load_bundle
+    from edge_runtime.loading.trial_record import FirstLoads
+
     runner = importlib.metadata.version("onnxruntime")
     cache = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
     folder = cache.mkdir("trials") if cache else tmp_path_factory.mktemp("trials")
@@ -85,7 +92,7 @@ def passed_trials(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def state_home(tmp_path_factory, monkeypatch, passed_trials):
-    """No test touches the records of whoever runs it, nor tries the shipped bundle anew."""
+    """No test touches the state of the user who runs it, or tries the shipped bundle in a sandbox again."""
     home = tmp_path_factory.mktemp("state")
     for program in ("edge-runtime", "cloud-fallback"):
         (home / program).mkdir()
@@ -116,3 +123,11 @@ def config(tmp_path):
 def daemon(config):
     with running(*EDGE, "serve", "--config", str(config)) as process:
         yield process
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which guards of `tests/guards` were caught by a time-out only."""
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties:
+            if name == "caught by a time-out":
+                terminalreporter.write_line(f"{name}: {value}")

@@ -183,10 +183,10 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(self.cache) == len(eviction._entries) == len(eviction._small) + len(eviction._main)
 
 
-#: 100,000 steps, the same ones in every run; `make soak` takes new ones and prints how to repeat a failure.
+#: 100,000 steps in `make test`, the same ones in every run; `make soak` takes new ones and prints how to repeat a failure.
 IS_SOAK = os.environ.get("EDGE_RUNTIME_TESTS") == "soak"
 CacheMachine.TestCase.settings = settings(
-    max_examples=2500 if IS_SOAK else 110,
+    max_examples=2500 if IS_SOAK else 3 * settings.default.max_examples,
     stateful_step_count=20,
     deadline=None,
     derandomize=not IS_SOAK,

@@ -1,7 +1,8 @@
-"""The scheduler's invariants under any sequence of calls; `tests/guards.py` shows that each can fail."""
+"""The scheduler's invariants under any sequence of calls; `tests/guards/lines/scheduling.py` shows that each can fail."""
 
 import os
 import random
+from collections import Counter
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -13,8 +14,8 @@ from edge_runtime.core.scheduling.scheduler import PRIORITIES, Policy, QueueLimi
 MAX_BATCH, MAX_WAITING, MAX_BYTES = 4, 10, 100
 LADDER = ((1, 10), (2, 13), (4, 19))
 STEPS = {"taken": 0}
-#: Calls of the scheduler in one run of this file; with the cache's machine 200,000 in all.
-LEAST_STEPS = 100_000
+#: Calls of the scheduler for each example of the profile: 100,000 in `make test`; with the cache's machine 200,000.
+LEAST_STEPS = 2_500 * settings.default.max_examples
 POLICIES = (
     Policy(window_ns=0),
     Policy(),
@@ -49,7 +50,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for _ in range(2)
         ]
         self.now, self.next_id = 10**10, 0
-        self.waiting, self.running, self.left = {}, {}, set()
+        self.waiting, self.running = {}, {}
+        self.admitted, self.abandoned, self.exits = set(), set(), {}
 
     def both(self, call):
         STEPS["taken"] += 1
@@ -95,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert deadline is not None, "only a deadline can be missed"
         else:
             self.waiting[request_id] = who
+            self.admitted.add(request_id)
         if answer is not None:
             assert answer.id == request_id
             assert answer.retry_after_ns is None or answer.retry_after_ns > 0
@@ -108,7 +111,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         was_waiting = self.waiting.pop(request_id, None) is not None
         assert self.both(lambda s: s.cancel(request_id)) == was_waiting
-        self.left.add(request_id)
+        if was_waiting:
+            self.leave(request_id, "cancelled")
+        else:  # it runs, so it leaves with its batch; or it left before, or was never admitted
+            self.abandoned.add(request_id)
 
     def poll(self, chance):
         self.now += chance.choice((0, 0, 1, 3, 10, 40))
@@ -137,8 +143,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         member = self.waiting.pop(action.id)
         assert action.kind is RefusalKind.LATE
         assert member.deadline is not None
-        assert action.id not in self.left, "each leaves once"
-        self.left.add(action.id)
+        self.leave(action.id, "refused")
 
     def dispatched(self, action, predicted, is_fresh):
         assert 1 <= len(action.ids) <= MAX_BATCH, "a batch is bounded"
@@ -152,7 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             member = members[request_id] = self.waiting.pop(request_id)
             member.is_staying = False
             assert member.lane == action.lane, "a batch has one lane"
-            assert request_id not in self.left, "each leaves once"
+            assert request_id not in self.exits, "each leaves once"
         ends = self.now + predicted[action.lane, len(action.ids), action.engine]
         if is_fresh:
             assert all(m.deadline is None or m.deadline >= int(ends) for m in members.values()), "in time"
@@ -192,17 +197,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += chance.choice((0, 1, 5, 12))
         duration = chance.choice((None, 8, 10, 12, 20, 30))
         stay = {i: chance.choice((m.lane, *"ab")) for i, m in members.items()
-                if i not in self.left and chance.random() < 0.25}  # fmt: skip
+                if i not in self.abandoned and chance.random() < 0.25}  # fmt: skip
         self.both(lambda s: s.batch_done(self.now, batch_id, duration, staying=stay))
         for request_id, member in members.items():
             if request_id in stay:
                 member.is_staying, member.lane = True, stay[request_id]  # its rows may have grown
                 self.waiting[request_id] = member
             else:
-                self.left.add(request_id)
+                self.leave(request_id, "served")
+
+    def leave(self, request_id, way):
+        assert request_id in self.admitted, "only what was admitted leaves"
+        assert request_id not in self.exits, "each leaves once"
+        self.exits[request_id] = way
 
     def teardown(self):
-        """Everybody who is left is served or refused in bounded time, after a drain at that."""
+        """After a drain, every request that is left is served or refused in bounded time."""
         if not hasattr(self, "twins"):
             return
         self.both(lambda s: s.drain())
@@ -213,16 +223,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             for batch_id in [*self.running]:
                 engine, members = self.running.pop(batch_id)
                 self.load[engine] -= 1
-                self.left |= set(members)
+                for request_id in members:
+                    self.leave(request_id, "served")
                 self.both(lambda s, b=batch_id: s.batch_done(self.now, b, 10))
             self.now += 5
             self.poll(chance)
         assert not self.waiting, "nobody starves"
-        assert self.left == set(range(self.next_id)) - (set(range(self.next_id)) - self.left)
+        ways = Counter(self.exits.values())
+        assert ways["served"] + ways["refused"] + ways["cancelled"] == len(self.admitted), "each leaves once"
+        assert self.exits.keys() == self.admitted
+        for twin in self.twins:
+            assert (twin.waiting, twin.waiting_bytes, twin.running_batches) == (0, 0, 0), "nothing is kept"
 
 
 SchedulerMachine.TestCase.settings = settings(
-    settings.default,  # `soak` and `guards` differ in more than the number of examples
+    settings.default,  # the profiles differ in more than the number of examples
     max_examples=10 * settings.default.max_examples,
     stateful_step_count=50,
     deadline=None,
