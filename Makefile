@@ -5,10 +5,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 TRAIN := .venv/.train
 
-.PHONY: help demo test soak guards fuzz check format bench models perf clean broker tflite litert
+# Tests take their ports from the system and their folders from pytest, so two processes do not meet. Each takes whole files.
+JOBS ?= 2
+export EDGE_RUNTIME_TESTS ?= ci
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+TRAINING := tests/tools/test_training.py
+
+.PHONY: help demo test test-fast test-train guards soak fuzz check format bench models perf clean broker tflite litert
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -62,14 +68,20 @@ tflite: litert
 	@echo "skipped: tflite-runtime needs Python 3.11, and $(PYTHON) is 3.$(PYTHON_MINOR)"
 endif
 
-test: $(TRAIN) broker check tflite ## everything that must hold
-	@$(BIN)/python -m pytest
+test: check test-fast tflite test-train ## everything that must hold: all tests, and a fifth of the guards
+	@$(PYTEST) --dist load tests/guards
+
+test-fast: $(READY) broker ## core and shells, without training and torch (a minute)
+	@$(PYTEST) -m "not train" --ignore tests/guards --ignore $(TRAINING)
+
+test-train: $(TRAIN) ## tests of what makes bundles; needs torch
+	@$(PYTEST) -m train --ignore tests/guards
+
+guards: $(READY) broker ## break each line that guards an invariant, and see a test fail (some minutes)
+	@EDGE_RUNTIME_GUARDS=all $(PYTEST) --dist load tests/guards
 
 soak: $(READY) ## property tests of the core, fifty times as long as in test
 	@EDGE_RUNTIME_TESTS=soak $(BIN)/python -m pytest tests/core
-
-guards: $(READY) ## break each line that guards an invariant of the core, and see a test fail (some minutes)
-	@EDGE_RUNTIME_GUARDS=all $(BIN)/python -m pytest tests/guards
 
 fuzz: $(READY) .venv-litert/.ready ## 10,000 broken model files per format, every byte of a bundle flipped (half an hour)
 	@EDGE_RUNTIME_FUZZ=10000 EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/loading/test_hostile_models.py -k broken_tflite

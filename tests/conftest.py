@@ -8,18 +8,19 @@ import socket
 import subprocess
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.processes import EDGE, running
 
 #: How many examples a property is tried on. "quick" is for a developer who runs pytest after each change, "ci" for
 #: `make test`, "soak" for `make soak`. "guards" is for copies that are broken on purpose: to shrink their failures would
-#: take minutes, and nobody reads them. Machines are shared: no example has a time limit.
-settings.register_profile("quick", max_examples=5, deadline=None)
-settings.register_profile("ci", max_examples=40, deadline=None)
-settings.register_profile("soak", max_examples=2000, deadline=None)
+#: take minutes, and nobody reads them. Machines are shared: no example has a time limit, and none is called too slow.
+SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=5, **SHARED)
+settings.register_profile("ci", max_examples=40, **SHARED)
+settings.register_profile("soak", max_examples=2000, **SHARED)
 settings.register_profile(
-    "guards", max_examples=40, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True
+    "guards", max_examples=40, phases=(Phase.explicit, Phase.generate), derandomize=True, **SHARED
 )
 settings.load_profile(os.environ.get("EDGE_RUNTIME_TESTS", "quick"))
 

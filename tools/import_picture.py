@@ -22,7 +22,7 @@ PACKAGES = ("edge_runtime", "cloud_fallback")
 #: The public names of the package; they are no module of the runtime's own.
 PUBLIC = "edge_runtime"
 _ROW = re.compile(r"^\| *(\w+) *\|([^|]*)\|([^|]*)\|", re.MULTILINE)
-_UP_TO = re.compile(r"1 to (\d+)")
+_UP_TO = re.compile(r"(?:1 to )?(\d+)")
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ def test_the_page_tells_what_is_reached_and_what_is_not(rows):
     assert report.figures(spoilt).count("| no |") == 4
 
 
+@pytest.mark.train
 def test_the_command_prints_json_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(simulate_batching, "QUICK", 100)
     monkeypatch.setattr(sys, "argv", ["simulate_batching", "--quick", "--json", "--plot", str(tmp_path)])

@@ -140,7 +140,6 @@ def test_a_bundle_without_slots_is_refused():
 
 @pytest.fixture
 def lessons():
-    pytest.importorskip("torch")
     from tools.slots.fit import Lessons
 
     featuriser = WordFeaturiser(features=6, buckets=300, grams=(3,), lengths=(4, 8))
@@ -172,6 +171,7 @@ def trained(lessons, epochs, stop_after=None):
     return trainer.mean
 
 
+@pytest.mark.train
 def test_training_that_was_cut_off_goes_on_as_if_nothing_had_been(lessons):
     from tools.slots.net import logits_of
 
@@ -180,6 +180,7 @@ def test_training_that_was_cut_off_goes_on_as_if_nothing_had_been(lessons):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.train
 def test_the_exported_model_says_what_the_net_says(lessons):
     from tools.slots.net import export, logits_of
 

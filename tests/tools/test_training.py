@@ -36,6 +36,8 @@ from tools.training.loop import Checkpoint
 from tools.training.sentences import SentenceTeacher, is_english
 from tools.training.word_pieces import tokenised, tokenizer_of
 
+pytestmark = pytest.mark.train
+
 VERBS = {
     "light_on": ("turn on", "switch on", "light up", "please put on"),
     "light_off": ("turn off", "switch off", "put out", "please kill"),
