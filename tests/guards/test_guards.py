@@ -14,7 +14,7 @@ from tests.guards.runner import Guard, break_line, copied_project, run_tests, tr
 GUARDS = runner.all_guards()
 EVERY = 1 if os.environ.get("EDGE_RUNTIME_GUARDS") == "all" else 5
 BACKOFF, BACKOFF_TESTS = "edge_runtime/core/backoff.py", ("tests/core/test_backoff.py",)
-SCHEDULER = "edge_runtime/core/scheduling/scheduler.py"
+SCRATCH = "edge_runtime/scratch.py"
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +65,24 @@ def test_a_guard_that_cannot_be_tried_says_why(guard, words):
 
 @pytest.fixture
 def scratch(passed_trials):
-    """A copy of the project with one more test file, which imports what is to be broken."""
+    """A copy of the project with one more module, which is to be broken, and a file of tests of it."""
     with copied_project(passed_trials) as folder:
+        (folder / SCRATCH).write_text("NUMBER = 3\n")
         path = folder / "tests" / "core" / "test_scratch.py"
 
-        def run(line, instead, *tests, limit_s=30.0):
+        def run(instead, *tests, limit_s=30.0):
             path.write_text("\n".join(("import pytest", *tests)))
-            break_line(folder, made_up(line, instead, SCHEDULER))
+            break_line(folder, made_up("NUMBER = 3", instead, SCRATCH))
             return run_tests(folder, ("tests/core/test_scratch.py",), limit_s)
 
         yield run
 
 
-USES_IT = "def test_it():\n    from edge_runtime.core.scheduling import scheduler\n    assert scheduler.PRIORITIES == 3"
+USES_IT = "def test_it():\n    from edge_runtime import scratch\n    assert scratch.NUMBER == 3"
 
 
 def test_a_failing_assertion_is_a_catch(scratch):
-    verdict = scratch("PRIORITIES = 3", "PRIORITIES = 4", USES_IT)
+    verdict = scratch("NUMBER = 4", USES_IT)
     assert verdict.test == "tests/core/test_scratch.py::test_it"
     assert "AssertionError" in verdict.how
 
@@ -89,24 +90,24 @@ def test_a_failing_assertion_is_a_catch(scratch):
 @pytest.mark.parametrize(
     ("instead", "test"),
     [
-        ("PRIORITIES = 3", USES_IT),  # nothing is broken
-        ("from nowhere import PRIORITIES", USES_IT),
-        ("from nowhere import PRIORITIES", "from edge_runtime.core.scheduling import scheduler\n" + USES_IT),
-        ("PRIORITIES = priorities", USES_IT),
-        ("raise SystemExit", "import edge_runtime.core.scheduling.scheduler"),
+        ("NUMBER = 3", USES_IT),  # nothing is broken
+        ("from nowhere import NUMBER", USES_IT),
+        ("from nowhere import NUMBER", "from edge_runtime import scratch\n" + USES_IT),
+        ("NUMBER = number", USES_IT),
+        ("raise SystemExit", "import edge_runtime.scratch"),
         (
-            "PRIORITIES = 4",
+            "NUMBER = 4",
             "@pytest.fixture\n" + USES_IT.replace("test_it", "it") + "\ndef test_that(it):\n    pass",
         ),
     ],
 )
 def test_a_copy_that_cannot_run_is_no_catch(scratch, instead, test):
-    assert scratch("PRIORITIES = 3", instead, test).test is None
+    assert scratch(instead, test).test is None
 
 
 def test_a_hang_is_a_catch_and_names_the_test_and_the_time_out(scratch):
     hang = "def test_it():\n    import threading\n    threading.Event().wait()"
-    verdict = scratch("PRIORITIES = 3", "PRIORITIES = 4", hang, limit_s=8.0)
+    verdict = scratch("NUMBER = 4", hang, limit_s=8.0)
     assert verdict == runner.Verdict(
         "tests/core/test_scratch.py::test_it",
         "tests/core/test_scratch.py::test_it did not end within 8 s",

@@ -72,7 +72,7 @@ LINES = [
         "batch_id = self._next_batch_id",
         "batch_id = id(actions)",
     ),
-    ("tenants take turns", QUEUEING, "min(flows, key=_virtual_ns)", "next(iter(shares))"),
+    ("tenants take turns", QUEUEING, "min(flows, key=_virtual_ns)", "next(iter(flows))"),
     (
         "turns are charged in engine time",
         QUEUEING,
