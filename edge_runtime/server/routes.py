@@ -1,7 +1,5 @@
 """Paths of the Open Inference Protocol v2 -> calls of the service."""
 
-import re
-import time
 import zlib
 from collections.abc import Awaitable
 from typing import Any, Protocol
@@ -12,10 +10,10 @@ from edge_runtime import __version__
 from edge_runtime.core.errors import InvalidRequest, TooLarge, UnknownModel
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, ModelStatistics, TensorSpec
 from edge_runtime.core.protocol import oip
+from edge_runtime.core.protocol.ids import is_id
 from edge_runtime.server.answers import HttpAnswer, error_answer
 
 _encode = msgspec.json.Encoder().encode
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NOT_OFFERED = ("logging", "trace", "systemsharedmemory", "cudasharedmemory")
 
 
@@ -25,7 +23,7 @@ class InferenceService(Protocol):
     is_ready: bool
 
     def infer(
-        self, model: str, version: str | None, request: InferRequest, *, tenant: str, deadline_ns: int | None
+        self, model: str, version: str | None, request: InferRequest, *, tenant: str
     ) -> Awaitable[InferReply]: ...
     def models(self) -> list[ModelInfo]: ...
     def model(self, name: str, version: str | None = None) -> ModelInfo: ...
@@ -87,7 +85,7 @@ async def _model(
     version = None
     if len(rest) >= 2 and rest[0] == "versions":
         version, rest = rest[1], rest[2:]
-    if not _NAME.fullmatch(name):
+    if not is_id(name):
         raise UnknownModel("No model has such a name; see POST /v2/repository/index.")
     match rest:
         case ["infer"]:
@@ -112,21 +110,9 @@ async def _infer(
         raise InvalidRequest("Inference-Header-Content-Length must be a number of bytes.")
     body = _plain(request, body_limit)
     question = oip.decode_request(body, None if length is None else int(length))
-    reply = await service.infer(name, version, question, tenant="local", deadline_ns=_deadline_ns(question))
+    reply = await service.infer(name, version, question, tenant="local")
     encoded, json_length = oip.encode_reply(reply)
     return HttpAnswer(200, encoded, json_length=json_length)
-
-
-def _deadline_ns(question: InferRequest) -> int | None:
-    """The protocol's `timeout` parameter in microseconds, as Triton reads it."""
-    timeout = question.parameters.get("timeout")
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 < timeout <= 86_400_000_000:
-        raise InvalidRequest(
-            "Parameter timeout must be a positive whole number of microseconds, at most one day."
-        )
-    return time.monotonic_ns() + timeout * 1000
 
 
 def _plain(request: HttpRequest, limit: int) -> bytes:

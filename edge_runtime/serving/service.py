@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from edge_runtime.caching.two_level import DiskStore, TwoLevelCache
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.caching.keys import ROUTING_PARAMETERS, KeyPrefix
-from edge_runtime.core.errors import InvalidRequest
+from edge_runtime.core.errors import InvalidRequest, RefusalKind, refusal
 from edge_runtime.core.messages import (
     InferReply,
     InferRequest,
@@ -18,7 +18,7 @@ from edge_runtime.core.messages import (
     Tensor,
 )
 from edge_runtime.core.outcome import Outcome
-from edge_runtime.core.protocol.parameters import priority_of
+from edge_runtime.core.protocol.parameters import priority_of, time_limit_ns
 from edge_runtime.core.protocol.replies import build_reply, explain, requested_outputs
 from edge_runtime.processing import Question
 from edge_runtime.serving.cascade import Cascade, RequestContext
@@ -102,13 +102,15 @@ class Service:
     ) -> InferReply:
         """Answer every row of the request, in one reply.
 
-        `deadline_ns` is in `time.monotonic_ns` terms; without it the configured time limit holds.
-        Raises InvalidRequest and its kin, Refused, EngineFailed: the first error of a row is that of the request.
+        `deadline_ns` is in `time.monotonic_ns` terms. Without it the time limit in the request's parameters holds
+        (`timeout` or `deadline_ms`), else the configured one. Raises InvalidRequest and its kin, Refused, EngineFailed:
+        the first error of a row is that of the request.
         """
         started_ns = time.monotonic_ns()
+        if deadline_ns is None:
+            deadline_ns = started_ns + self._time_limit_ns(request)
         served = self.registry.find(model, version)
         questions = served.processor.split(request.inputs)
-        deadline_ns = deadline_ns or started_ns + self._timeout_ns
         outcomes = await self._answer(served, questions, request, tenant, deadline_ns)
         total_ns = time.monotonic_ns() - started_ns
         served.runner.statistics.requests.add(total_ns, len(questions))
@@ -130,6 +132,15 @@ class Service:
         deadline_ns = time.monotonic_ns() + self._timeout_ns
         (outcome,) = await self._answer(served, questions, request, "local", deadline_ns)
         return outcome
+
+    def _time_limit_ns(self, request: InferRequest) -> int:
+        """How long the caller waits. Raises Refused where that time has passed already."""
+        limit_ns = time_limit_ns(request.parameters)
+        if limit_ns is None:
+            return self._timeout_ns
+        if limit_ns <= 0:
+            raise refusal(RefusalKind.LATE)
+        return limit_ns
 
     async def _answer(
         self,
