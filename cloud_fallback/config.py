@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from edge_runtime.core.errors import ConfigError
-from edge_runtime.core.protocol.topics import is_id
 from edge_runtime.settings import (
     BatchSettings,
     BrokerSettings,
@@ -13,9 +11,12 @@ from edge_runtime.settings import (
     TrustSettings,
     check_batch,
     check_broker,
+    check_id,
+    check_models,
+    check_path,
     id_from_host_name,
 )
-from edge_runtime.typed_toml import Renamed, load_toml
+from edge_runtime.typed_toml import Renamed, check_types, load_toml
 
 
 class WorkerBatchSettings(BatchSettings, frozen=True):
@@ -78,17 +79,14 @@ def load_config(path: Path | None) -> CloudConfig:
 
 
 def check_config(config: CloudConfig, where: str) -> None:
-    """Check what types cannot say. Raises ConfigError that begins with `where`."""
+    """Check all that can be checked without looking at this machine. Raises ConfigError that begins with `where`."""
+    check_types(config, where)
+    check_models(config.models, where, "models/commands-cloud")
+    check_path(config.trust.record, f"{where}: [trust] record")
     check_broker(config.broker, f"{where}: broker")
     check_batch(config.batch, where)
-    for key, value, example in (("group", config.group, "workers"), ("worker", config.worker, "gpu-1")):
-        if not is_id(value):
-            raise ConfigError(
-                f"{where}: {key}: expected an id of lower-case letters, digits, '.', '_' or '-', "
-                f'at most 64 long. Write for example {key} = "{example}".'
-            )
-    if not config.models:
-        raise ConfigError(f'{where}: models: the list is empty. Write models = ["models/commands-cloud"].')
+    check_id(config.group, f"{where}: group", "workers")
+    check_id(config.worker, f"{where}: worker", "gpu-1")
 
 
 def worker_id(config: CloudConfig) -> str:

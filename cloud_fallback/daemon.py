@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from cloud_fallback.config import CloudConfig
+from cloud_fallback.config import CloudConfig, check_config
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.serving.start_model import RunnerSettings, read_admission, start_models
 from edge_runtime.settings import policy_of, queue_limits_of
@@ -21,6 +21,7 @@ async def serve(config: CloudConfig, announce: Callable[[str], None], *, again: 
     A second signal ends the process at once with exit code 1; one that comes while models are loaded ends the load.
     `again` forgets failed first loads. Raises ConfigError, BundleError.
     """
+    check_config(config, "CloudConfig")
     async with AsyncExitStack() as stack:
         stop = stack.enter_context(stop_signals())
         models = await unless_stopped(stop, load_models(config, stack, again=again))

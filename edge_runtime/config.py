@@ -1,7 +1,7 @@
 """The configuration of the edge's daemon as one typed tree; each default stands here or in `settings`, and only there."""
 
+import ipaddress
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +19,15 @@ from edge_runtime.settings import (
     TrustSettings,
     check_batch,
     check_broker,
+    check_id,
+    check_models,
+    check_path,
     id_from_host_name,
+    is_port,
 )
-from edge_runtime.typed_toml import Renamed, load_toml
+from edge_runtime.typed_toml import Renamed, check_types, load_toml
 
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
-_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class ServerSettings(Settings, frozen=True):
@@ -106,20 +109,17 @@ def load_config(path: Path | None) -> Config:
 
 
 def check_config(config: Config, where: str) -> None:
-    """Check what types cannot say. Raises ConfigError that begins with `where`."""
-    if not config.models:
-        raise ConfigError(f'{where}: models: the list is empty. Write models = ["commands"].')
+    """Check all that can be checked without looking at this device. Raises ConfigError that begins with `where`."""
+    check_types(config, where)
+    check_models(config.models, where, "commands")
     tcp_address(config, where)
-    if not config.cache.path:
-        raise ConfigError(f'{where}: [cache] path: the path is empty. Write path = "off" or path = "auto".')
+    check_path(config.server.socket, f"{where}: [server] socket")
+    check_path(config.cache.path, f"{where}: [cache] path")
+    check_path(config.trust.record, f"{where}: [trust] record")
     check_batch(config.batch, where)
     if config.cloud is not None:
-        for key, value in (("tenant", config.cloud.tenant), ("device", config.cloud.device)):
-            if not _ID.fullmatch(value):
-                raise ConfigError(
-                    f"{where}: [cloud] {key}: expected an id of lower-case letters, digits, '.', '_' or '-', "
-                    f'at most 64 long. Write for example {key} = "kitchen-1".'
-                )
+        check_id(config.cloud.tenant, f"{where}: [cloud] tenant", "home")
+        check_id(config.cloud.device, f"{where}: [cloud] device", "kitchen-1")
         check_broker(config.cloud.broker, f"{where}: [cloud] broker")
 
 
@@ -128,11 +128,24 @@ def tcp_address(config: Config, where: str = "config") -> tuple[str, int] | None
     if config.server.tcp == "off":
         return None
     host, _, port = config.server.tcp.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
+    if not host or not is_port(port):
         raise ConfigError(
             f'{where}: [server] tcp: expected HOST:PORT or "off". Write tcp = "127.0.0.1:8080".'
         )
-    return host.strip("[]"), int(port)
+    host = host.strip("[]")
+    if not _is_loopback(host):
+        raise ConfigError(
+            f"{where}: [server] tcp: {host} is not a loopback address, and others need encryption and "
+            'authentication, which this release does not offer. Write tcp = "127.0.0.1:8080".'
+        )
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def socket_path(config: Config) -> Path | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.config import Config, device_id, load_config
+from edge_runtime.config import Config, check_config, device_id, load_config
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.messages import InferReply, InferRequest
 from edge_runtime.core.outcome import Outcome
@@ -49,7 +49,9 @@ class Runtime:
         `config`: a Config, the path of a TOML file, or None for the defaults. Raises ConfigError,
         BundleError.
         """
-        if not isinstance(config, Config):
+        if isinstance(config, Config):
+            check_config(config, "Config")
+        else:
             config = load_config(config)
         async with AsyncExitStack() as stack:
             started = await start_models(config.models, _runner_settings(config), admission_of(config), stack)

@@ -5,11 +5,13 @@ A string below a field is its description in docs/configuration.md (`python -m t
 
 import re
 import socket
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 
 from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.protocol.ids import RULE, id_from, is_id
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.core.scheduling.windows import Policy
 
@@ -17,7 +19,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=60_000)]
 
-_BROKER = re.compile(r"mqtts?://[^/\s:@]+(:\d{1,5})?")
+_BROKER = re.compile(r"mqtts?://[^/\s:@]+(?::(?P<port>\d+))?")
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -94,10 +96,36 @@ class BrokerSettings(Settings, frozen=True):
 
 def check_broker(broker: str, where: str) -> None:
     """Check a broker's address. Raises ConfigError that begins with `where`: file, section and key."""
-    if not _BROKER.fullmatch(broker):
+    found = _BROKER.fullmatch(broker)
+    if found is None or (found["port"] is not None and not (is_port(found["port"]) and int(found["port"]))):
         raise ConfigError(
             f"{where}: expected mqtt://HOST[:PORT] or mqtts://HOST[:PORT]. "
             'Write for example broker = "mqtt://127.0.0.1:1883".'
+        )
+
+
+def is_port(text: str) -> bool:
+    """Whether a text is the number of a port; 0 lets the system choose one."""
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) <= 65_535
+
+
+def check_models(models: Sequence[str], where: str, example: str) -> None:
+    """Check the list of models. Raises ConfigError that begins with `where`: the file."""
+    if not models:
+        raise ConfigError(f'{where}: models: the list is empty. Write models = ["{example}"].')
+    if "" in models:
+        raise ConfigError(f'{where}: models: a name is empty. Write for example models = ["{example}"].')
+    twice = next((name for i, name in enumerate(models) if name in models[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"{where}: models: {twice} is listed twice. Remove one of them.")
+
+
+def check_path(path: str, where: str) -> None:
+    """Check a path that may be a word instead. Raises ConfigError that begins with `where`: file, section and key."""
+    if not path or "\0" in path:
+        key = where.rsplit(maxsplit=1)[-1]
+        raise ConfigError(
+            f'{where}: expected a path, "auto" or "off". Write {key} = "auto" or {key} = "off".'
         )
 
 
@@ -136,6 +164,13 @@ def _window_ns(window: str | float) -> int | None:
     return int(window * 1e6)
 
 
+def check_id(value: str, where: str, example: str) -> None:
+    """Check an id. Raises ConfigError that begins with `where`: file, section and key."""
+    if not is_id(value):
+        key = where.rsplit(maxsplit=1)[-1]
+        raise ConfigError(f'{where}: expected an id: {RULE}. Write for example {key} = "{example}".')
+
+
 def id_from_host_name(otherwise: str) -> str:
     """An id made of the host name; `otherwise` where no character of the host name may stand in an id."""
-    return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower()).strip(".-_")[:64] or otherwise
+    return id_from(socket.gethostname(), otherwise)

@@ -121,6 +121,21 @@ def convert_tree(tree: dict[str, Any], kind: type[Typed], where: str) -> Typed:
         raise ConfigError(f"{where}: {_sentence(str(error), kind)}") from None
 
 
+def check_types(value: msgspec.Struct, where: str) -> None:
+    """Check a value that a program made against its own type. Raises ConfigError naming `where` and the key.
+
+    The constructor of a Struct checks nothing: only what is converted is checked.
+    """
+    convert_tree(_tree(value), type(value), where)
+
+
+def _tree(value: msgspec.Struct) -> dict[str, Any]:
+    return {
+        name: _tree(inner) if isinstance(inner, msgspec.Struct) else inner
+        for name, inner in msgspec.structs.asdict(value).items()
+    }
+
+
 def _sentence(message: str, kind: type[msgspec.Struct]) -> str:
     text, _, place = message.partition(" - at `$")
     path = [part for part in place.rstrip("`").split(".") if part]
@@ -138,7 +153,8 @@ def _sentence(message: str, kind: type[msgspec.Struct]) -> str:
     if wrong:
         expected = " or ".join(_WORDS.get(word, word) for word in wrong[1].split(" | ") if word != "null")
         return f"{key}: expected {expected}, got {_WORDS.get(wrong[2], wrong[2])}. Write it as {expected}."
-    return f"{key}: {text[:1].lower()}{text[1:]}. Change the value."
+    in_words = re.sub(r"`(\w+)`", lambda word: _WORDS.get(word[1], word[1]), text)
+    return f"{key}: {in_words[:1].lower()}{in_words[1:]}. Change the value."
 
 
 def _section(path: list[str]) -> str:

@@ -1,16 +1,23 @@
 """Every mistake in a configuration gets one sentence with file, key and fix."""
 
+import asyncio
+import socket
+
 import msgspec
 import pytest
 
+from cloud_fallback import daemon as cloud_daemon
 from cloud_fallback.config import RENAMED as CLOUD_RENAMED
-from cloud_fallback.config import CloudConfig
+from cloud_fallback.config import CloudConfig, WorkerBatchSettings, worker_id
 from cloud_fallback.config import load_config as load_cloud
-from edge_runtime.config import CloudSettings, Config, load_config
+from edge_runtime.config import CloudSettings, Config, ServerSettings, device_id, load_config
 from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.protocol.ids import is_id
+from edge_runtime.core.protocol.topics import reply_topic
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.core.scheduling.windows import Policy
-from edge_runtime.settings import BrokerSettings, policy_of, queue_limits_of
+from edge_runtime.runtime import Runtime
+from edge_runtime.settings import BatchSettings, BrokerSettings, RequestSettings, policy_of, queue_limits_of
 
 
 def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):
@@ -38,6 +45,20 @@ def test_nothing_and_an_empty_file_give_the_defaults(tmp_path):
         ("[batch]\nwindow = 'fast'", ["[batch] window", "learned"]),
         ("[batch]\nwindow = -1", ["[batch] window", ">= 0"]),
         ("[batch]\nduty_target = 0", ["[batch] duty_target", "> 0"]),
+        ("[batch]\nmax = 0", ["[batch] max: expected a whole number >= 1."]),
+        (
+            "[cloud]\nbroker = 'mqtt://x'\ndevice = 'a..b'",
+            ["[cloud] device", "without '..'", 'device = "kitchen-1"'],
+        ),
+        ("[cloud]\nbroker = 'mqtt://x'\ntenant = 'a..b'", ["[cloud] tenant", "without '..'"]),
+        ("[cloud]\nbroker = 'mqtt://x:65536'", ["[cloud] broker", "HOST[:PORT]"]),
+        ("[cloud]\nbroker = 'mqtt://x:0'", ["[cloud] broker", "HOST[:PORT]"]),
+        ("[server]\ntcp = '0.0.0.0:8080'", ["[server] tcp", "0.0.0.0 is not a loopback address"]),
+        ("[server]\ntcp = '127.0.0.1:\u0663'", ["[server] tcp", "HOST:PORT"]),
+        ("[server]\nsocket = ''", ["[server] socket", 'socket = "off"']),
+        ("[trust]\nrecord = ''", ["[trust] record", 'record = "off"']),
+        ("models = ['commands', 'commands']", ["models: commands is listed twice", "Remove one"]),
+        ("models = ['']", ["models: a name is empty"]),
         ("[escalation]\naccept = 2.0", ["[escalation] accept", "<= 1"]),
     ],
 )
@@ -161,3 +182,50 @@ def test_every_key_of_the_batch_section_takes_effect(tmp_path):
         batch = load(path).batch
         assert queue_limits_of(batch) == QueueLimits(3, 11, 13, 5, 0.25)
         assert policy_of(batch) == Policy(2_000_000, 0.5, 7_000_000)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Config(batch=BatchSettings(max=0)), r"Config: \[batch\] max: expected a whole number >= 1"),
+        (
+            Config(requests=RequestSettings(timeout_s="5")),
+            r"\[requests\] timeout_s: expected a number, got text",
+        ),
+        (
+            Config(requests=RequestSettings(timeout_s=float("nan"))),
+            r"\[requests\] timeout_s: expected a number > 0",
+        ),
+        (Config(batch=7), r"batch: expected a \[section\], got a whole number"),
+        (Config(models="commands"), r"models: expected a list"),
+        (Config(models=()), "models: the list is empty"),
+        (Config(cloud=CloudSettings(broker="mqtt://x", device="A")), r"\[cloud\] device: expected an id"),
+        (Config(server=ServerSettings(tcp="nonsense")), r"\[server\] tcp: expected HOST:PORT"),
+    ],
+)
+def test_a_configuration_made_in_a_program_is_checked_before_anything_is_loaded(config, words):
+    async def opened():
+        async with Runtime.open(config):
+            raise AssertionError("a configuration that cannot be used was used")
+
+    with pytest.raises(ConfigError, match=words):
+        asyncio.run(opened())
+
+
+def test_a_configuration_of_a_worker_made_in_a_program_is_checked_too():
+    for config, words in (
+        (CloudConfig(batch=WorkerBatchSettings(max=0)), r"CloudConfig: \[batch\] max"),
+        (CloudConfig(depth="2"), "depth: expected a whole number"),
+        (CloudConfig(worker="A B"), "worker: expected an id"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            asyncio.run(cloud_daemon.serve(config, print))
+
+
+@pytest.mark.parametrize("name", ["Kitchen Pi", "a..b", "..", "", "-x-", "käse", "x" * 80, "a" * 63 + "...b"])
+def test_the_id_made_of_a_host_name_is_one_that_serve_accepts(monkeypatch, name):
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    cloud = CloudSettings(broker="mqtt://x")
+    assert is_id(device_id(cloud))
+    assert is_id(worker_id(CloudConfig()))
+    reply_topic(cloud.tenant, device_id(cloud))  # raises for what is no id

@@ -20,8 +20,9 @@ import msgspec
 import torch
 
 from edge_runtime.bundles.folder import Bundle, find_bundle, load_bundle, sign_bundle
-from edge_runtime.bundles.manifest import MANIFEST, CreditEntry, is_id
+from edge_runtime.bundles.manifest import MANIFEST, CreditEntry
 from edge_runtime.core.errors import EdgeRuntimeError
+from edge_runtime.core.protocol.ids import is_id
 from edge_runtime.engines.build import build_engine
 from tools.calibrate import report_lines, share
 from tools.calibration.fit import ESCALATE, Calibrated, calibrate

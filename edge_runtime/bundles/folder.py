@@ -17,9 +17,10 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.bundles.manifest import FORMAT, MANIFEST, FileEntry, Manifest, is_id, parse_manifest
+from edge_runtime.bundles.manifest import FORMAT, MANIFEST, FileEntry, Manifest, parse_manifest
 from edge_runtime.compression import compress, decompress
 from edge_runtime.core.errors import BundleError, InvalidRequest
+from edge_runtime.core.protocol.ids import is_id
 
 SIGNATURE = "manifest.sig"
 MAX_MANIFEST_BYTES = 256 * 1024

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from edge_runtime.core.errors import BundleError
+from edge_runtime.core.protocol.ids import is_id
 
 FORMAT = "edge-runtime-bundle/1"
 MANIFEST = "manifest.json"
@@ -18,7 +19,6 @@ MAX_PLAIN_BYTES = 256 * 1024 * 1024
 MAX_KNOTS = 32
 MAX_BINS = 32
 MAX_BATCH = 1024
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: A bundle holds data, not programs: the name of each file ends in one of these.
 _SUFFIXES = (".onnx", ".tflite", ".json", ".txt", ".bin")
@@ -143,11 +143,6 @@ class Manifest(msgspec.Struct, frozen=True):
     calibration: CalibrationEntry | None = None
     credits: tuple[CreditEntry, ...] = ()
     metrics: dict[str, float | str] = {}
-
-
-def is_id(name: str) -> bool:
-    """Whether a name is an id: lower-case letters, digits, dot, dash and underscore, at most 64, no `..`."""
-    return _NAME.fullmatch(name) is not None and ".." not in name
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:

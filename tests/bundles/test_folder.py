@@ -22,9 +22,10 @@ from edge_runtime.bundles.folder import (
     sign_bundle,
     write_bundle,
 )
-from edge_runtime.bundles.manifest import MANIFEST, is_id
+from edge_runtime.bundles.manifest import MANIFEST
 from edge_runtime.compression import compress
 from edge_runtime.core.errors import BundleError
+from edge_runtime.core.protocol.ids import is_id
 
 FIELDS = {
     "name": "tiny",

@@ -9,13 +9,12 @@ The reply topic follows from the request topic alone. A Response Topic property 
 let one device have answers sent to another.
 """
 
-import re
 from dataclasses import dataclass
 
 from edge_runtime.core.errors import InvalidRequest
+from edge_runtime.core.protocol.ids import checked_id
 
 _ROOT = "er/v1"
-_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +26,9 @@ class RequestTopic:
     model: str
 
 
-def is_id(name: str) -> bool:
-    """Whether a name may be a topic level: lower-case letters, digits, `._-`, at most 64, no `..`."""
-    return _ID.fullmatch(name) is not None and ".." not in name
-
-
 def request_topic(tenant: str, device: str, model: str) -> str:
     """Where an edge publishes requests for `model`. Raises InvalidRequest for names that are no ids."""
-    return f"{_device(tenant, device)}/req/{_checked('model', model)}"
+    return f"{_device(tenant, device)}/req/{checked_id('model', model)}"
 
 
 def reply_topic(tenant: str, device: str) -> str:
@@ -54,12 +48,12 @@ def device_state_topic(tenant: str, device: str) -> str:
 
 def worker_state_topic(worker: str) -> str:
     """Where a worker publishes, retained, whether it is online."""
-    return f"{_ROOT}/_worker/{_checked('worker', worker)}/state"
+    return f"{_ROOT}/_worker/{checked_id('worker', worker)}/state"
 
 
 def worker_filter(group: str, model: str) -> str:
     """The shared subscription of a group of workers: each request reaches one of them."""
-    return f"$share/{_checked('group', group)}/{_ROOT}/+/+/req/{_checked('model', model)}"
+    return f"$share/{checked_id('group', group)}/{_ROOT}/+/+/req/{checked_id('model', model)}"
 
 
 def parse_request_topic(topic: str) -> RequestTopic:
@@ -69,17 +63,9 @@ def parse_request_topic(topic: str) -> RequestTopic:
     if len(levels) != 6 or levels[:2] != ["er", "v1"] or levels[4] != "req":
         raise InvalidRequest("The topic is not er/v1/{tenant}/{device}/req/{model}.")
     return RequestTopic(
-        _checked("tenant", levels[2]), _checked("device", levels[3]), _checked("model", levels[5])
+        checked_id("tenant", levels[2]), checked_id("device", levels[3]), checked_id("model", levels[5])
     )
 
 
 def _device(tenant: str, device: str) -> str:
-    return f"{_ROOT}/{_checked('tenant', tenant)}/{_checked('device', device)}"
-
-
-def _checked(what: str, name: str) -> str:
-    if not is_id(name):
-        raise InvalidRequest(
-            f"The {what} is not an id; use at most 64 of a-z 0-9 . _ - beginning with a letter or digit."
-        )
-    return name
+    return f"{_ROOT}/{checked_id('tenant', tenant)}/{checked_id('device', device)}"
