@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edge_runtime.config import Config
     from edge_runtime.core.messages import InferReply, InferRequest
 
-_CONNECT_S = 2.0  # a first answer should not miss the cloud by a handshake
+_CONNECT_S = 2.0  # how long an unsure answer waits for the broker: a handshake with TLS over a slow link
 
 
 @click.command()
@@ -93,15 +93,23 @@ def _infer(model: str, request: "InferRequest", config_path: Path | None) -> "In
         return client.infer(model, request)
     import asyncio
 
-    return asyncio.run(_infer_here(model, request, _with_model(config_path, model)))
+    return asyncio.run(infer_here(model, request, _with_model(config_path, model)))
 
 
-async def _infer_here(model: str, request: "InferRequest", config: "Config") -> "InferReply":
+async def infer_here(model: str, request: "InferRequest", config: "Config") -> "InferReply":
+    """Answer in this process. The device is asked first; only if it is unsure, the broker is waited for.
+
+    The connection to the broker has just begun, so an unsure first answer would always miss the cloud by a handshake.
+    Raises the errors of `Runtime.open` and `Runtime.infer`.
+    """
     from edge_runtime.runtime import Runtime
 
     async with Runtime.open(config) as runtime:
-        if runtime.uplink is not None:
-            await runtime.uplink.wait_connected(_CONNECT_S)
+        reply = await runtime.infer(model, request)
+        if runtime.uplink is None or not reply.parameters["degraded"]:
+            return reply
+        if not await runtime.uplink.wait_connected(_CONNECT_S):
+            return reply
         return await runtime.infer(model, request)
 
 

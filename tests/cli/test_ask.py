@@ -1,9 +1,17 @@
 """Asking as a user types it: of a daemon, and without one."""
 
+import asyncio
 import json
 import signal
+import socket
 
+import pytest
+
+from edge_runtime.cli import ask
+from edge_runtime.config import CloudSettings, Config
+from edge_runtime.core.messages import InferRequest, Tensor
 from tests.processes import cli
+from tests.uplink.test_escalation import HARD, Cloud
 
 
 def test_ask_works_without_a_daemon_and_with_one(config, daemon):
@@ -33,3 +41,52 @@ def test_infer_sends_a_request_of_the_protocol(config, tmp_path):
     )
     reply = json.loads(cli("infer", "commands", str(request), "--config", str(config)).stdout)
     assert reply["outputs"][0]["data"][0] == "flip_coin"
+
+
+@pytest.fixture
+def silent_broker():
+    """The address of a listener that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def here(text, broker):
+    request = InferRequest((Tensor("text", "BYTES", (1,), (text.encode(),)),))
+    return ask.infer_here("commands", request, Config(cloud=CloudSettings(broker=broker)))
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """A broker that is waited for is waited for until the test's own time limit."""
+    monkeypatch.setattr(ask, "_CONNECT_S", 3600.0)
+
+
+def test_a_sure_answer_does_not_wait_for_a_broker_that_says_nothing(silent_broker, endless):
+    async def scenario():
+        async with asyncio.timeout(30):
+            reply = await here("turn the lights off", silent_broker)
+            assert (reply.parameters["origin"], reply.parameters["degraded"]) == ("local", False)
+
+    asyncio.run(scenario())
+
+
+def test_an_unsure_answer_waits_for_the_broker_and_comes_from_the_cloud(broker, endless):
+    async def scenario():
+        async with asyncio.timeout(30), Cloud(broker) as cloud:
+            reply = await here(HARD, broker.url)
+            assert reply.parameters["origin"] == "cloud"
+            assert reply.outputs[0].data[0] == cloud.label
+
+    asyncio.run(scenario())
+
+
+def test_an_unsure_answer_is_given_degraded_when_the_broker_does_not_come_in_time(silent_broker, monkeypatch):
+    monkeypatch.setattr(ask, "_CONNECT_S", 0.01)
+
+    async def scenario():
+        async with asyncio.timeout(30):
+            reply = await here(HARD, silent_broker)
+            assert (reply.parameters["origin"], reply.parameters["reason"]) == ("local", "link_down")
+            assert reply.parameters["degraded"] is True
+
+    asyncio.run(scenario())
