@@ -31,11 +31,11 @@ def models_list(config_path: Path | None, as_json: bool) -> None:
 
     rows = []
     config = load_config(config_path)
-    quarantine = admission_of(config).quarantine
+    admission = admission_of(config)
     for name in config.models:
-        bundle = load_bundle(find_bundle(name))
+        bundle = load_bundle(find_bundle(name), admission.trust)
         manifest = bundle.manifest
-        report = quarantine.report_of(bundle.digest)
+        report = admission.quarantine.report_of(bundle.digest)
         rows.append(
             {
                 "name": manifest.name,
@@ -45,6 +45,7 @@ def models_list(config_path: Path | None, as_json: bool) -> None:
                 "bytes": sum(entry.size for entry in manifest.files),
                 "memory_mb": None if report is None else round(report.memory_bytes / 1e6, 1),
                 "digest": bundle.digest,
+                "signed_by": bundle.signed_by,
             }
         )
     if as_json:
@@ -63,7 +64,8 @@ def models_list(config_path: Path | None, as_json: bool) -> None:
 def models_show(bundle: str, config_path: Path | None, as_json: bool) -> None:
     """Show a bundle's manifest and costs.
 
-    BUNDLE is a name or a path. Costs are what loading it takes, and what its batches take.
+    BUNDLE is a name or a path. Costs are what loading it takes, and what its batches take. The bundle is loaded, so its
+    signature must hold.
 
     \b
     Examples:
@@ -76,11 +78,13 @@ def models_show(bundle: str, config_path: Path | None, as_json: bool) -> None:
     from edge_runtime.runtime import admission_of
 
     config = load_config(config_path)
+    admission = admission_of(config)
     model = load_model(
         bundle,
         threads=config.threads,
+        trust=admission.trust,
         max_batch=config.batch.max,
-        quarantine=admission_of(config).quarantine,
+        quarantine=admission.quarantine,
     )
     tree = msgspec.to_builtins(model.manifest)
     tree["digest"] = model.digest
