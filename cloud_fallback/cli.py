@@ -80,10 +80,16 @@ def config() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @_reports_errors
 def config_check(path: Path) -> None:
-    """Check a configuration file; exit code 2 with file, key and correction where it cannot be used."""
-    from cloud_fallback.config import load_config
+    """Check a configuration file.
 
-    load_config(path)
+    Where it cannot be used, the exit code is 2 and the message names file, key and correction. The files it names are
+    looked for on this machine.
+    """
+    from cloud_fallback.config import load_config
+    from edge_runtime.settings import check_files
+
+    config = load_config(path)
+    check_files(config.models, config.trust, config.password_file, str(path))
     click.echo(f"ok: {path}")
 
 

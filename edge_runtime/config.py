@@ -123,6 +123,12 @@ def check_config(config: Config, where: str) -> None:
         check_broker(config.cloud.broker, f"{where}: [cloud] broker")
 
 
+def check_listens(config: Config, where: str) -> None:
+    """Check that a daemon can be reached at all; inside a program no listener is needed. Raises ConfigError."""
+    if config.server.socket == config.server.tcp == "off":
+        raise ConfigError(f'{where}: [server] socket, tcp: both are "off". Write socket = "auto".')
+
+
 def tcp_address(config: Config, where: str = "config") -> tuple[str, int] | None:
     """Host and port to listen on, or None for "off". Raises ConfigError."""
     if config.server.tcp == "off":

@@ -8,20 +8,22 @@ import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from edge_runtime.config import Config, socket_path, tcp_address
+from edge_runtime.config import Config, check_listens, socket_path, tcp_address
 from edge_runtime.runtime import Runtime
-from edge_runtime.server import start_server
+from edge_runtime.server import Server, start_server
 from edge_runtime.signals import stop_signals, unless_stopped
 
 _log = logging.getLogger(__name__)
+_WATCH_S = 1.0  # a second of doubt about since when; once a second costs 0.01 % of a core
 
 
 async def serve(config: Config, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; `announce` gets one line once requests are welcome.
+    """Serve until SIGTERM or SIGINT, then drain; `announce` gets one line once requests may come.
 
-    A second signal ends the process at once with exit code 1; one that comes while a model is tried ends the
-    trial. Raises ConfigError, BundleError.
+    A second signal ends the process at once with exit code 1; one that comes while models are loaded ends the load.
+    Raises ConfigError, BundleError.
     """
+    check_listens(config, "Config")
     async with AsyncExitStack() as stack:
         stop = stack.enter_context(stop_signals())
         runtime = await unless_stopped(stop, stack.enter_async_context(Runtime.open(config)))
@@ -33,29 +35,52 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
             tcp=tcp_address(config),
             allowed_hosts=config.server.allowed_hosts,
         )
-        try:
-            _calm_collector()
-            announce(f"ready: {', '.join(config.models)} on {' and '.join(server.addresses)}")
-            await stop.wait()
-            _log.info("event=draining")
-            await server.close_ingress()
-            await server.drain(config.requests.drain_s)
-        finally:
-            await server.close()
+        stack.push_async_callback(server.close)
+        runtime.addresses = tuple(server.addresses)
+        watch = asyncio.create_task(_watch(runtime), name="watch-problems")
+        stack.push_async_callback(_end, watch)
+        _calm_collector()
+        announce(f"ready: {', '.join(config.models)} on {' and '.join(server.addresses)}")
+        await stop.wait()
+        await _drain(runtime, server, config.requests.drain_s)
     _log.info("event=stopped")
 
 
-def _calm_collector() -> None:
-    """Spare the collector what lives for ever, and have it look at the rest rarely.
+async def _drain(runtime: Runtime, server: Server, drain_s: float) -> None:
+    """Take no new requests, and answer those that were taken, for `drain_s` at most."""
+    _log.info("event=draining")
+    # First, so that whoever asks for readiness on an open connection is not sent here again.
+    runtime.service.is_ready = False
+    await server.close_ingress()
+    if not await server.drain(drain_s):
+        _log.warning("event=drain_incomplete after_s=%g", drain_s)
 
-    Each full pass over a filled cache stops the daemon for 20 to 30 ms; requests leave no cycles behind.
+
+async def _watch(runtime: Runtime) -> None:
+    """Note each second what is wrong, so that status can tell since when."""
+    while True:
+        runtime.note_problems()
+        await asyncio.sleep(_WATCH_S)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end; an error that ended it before is logged."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled() and task.exception() is not None:
+        _log.error("event=task_failed task=%s", task.get_name(), exc_info=task.exception())
+
+
+def _calm_collector() -> None:
+    """Exempt what lives as long as the process from garbage collection, and run full collections rarely.
+
+    Each full collection over a filled cache stops the daemon for 20 to 30 ms; requests leave no cycles behind.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 50, 100)
-    if hasattr(
-        libc := ctypes.CDLL(None), "malloc_trim"
-    ):  # glibc keeps what loading a model needed for a moment
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc keeps the memory that loading a model needed for a moment
         libc.malloc_trim(0)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from edge_runtime.serving.start_model import (
     start_models,
 )
 from edge_runtime.settings import policy_of, queue_limits_of
-from edge_runtime.status import status_of
+from edge_runtime.status import Problems, problems_of, status_of
 from edge_runtime.storage.files import state_path
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Runtime:
         self.service = service
         self.config = config
         self.uplink = uplink
+        #: Where a daemon listens for requests; empty inside a program.
+        self.addresses: tuple[str, ...] = ()
+        self._problems = Problems()
         self._started_ns = time.monotonic_ns()
 
     @classmethod
@@ -77,7 +81,20 @@ class Runtime:
 
     def status(self) -> dict[str, object]:
         """What `edge-runtime status` shows, as JSON values."""
-        return status_of(self.service, self.uplink, uptime_ns=time.monotonic_ns() - self._started_ns)
+        self.note_problems()
+        now_ns = time.monotonic_ns()
+        return status_of(
+            self.service,
+            self.uplink,
+            uptime_ns=now_ns - self._started_ns,
+            addresses=self.addresses,
+            problems=self._problems.listed(now_ns),
+        )
+
+    def note_problems(self) -> None:
+        """Note what is wrong now; `status` tells since when, as exactly as this is called often."""
+        found = problems_of(self.service, self.uplink)
+        self._problems.update(found, now_ns=time.monotonic_ns(), now=datetime.now(UTC))
 
 
 def admission_of(config: Config) -> Admission:

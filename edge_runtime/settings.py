@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.errors import BundleError, ConfigError
 from edge_runtime.core.protocol.ids import RULE, id_from, is_id
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.core.scheduling.windows import Policy
@@ -135,6 +135,22 @@ def check_batch(batch: BatchSettings, where: str) -> None:
         raise ConfigError(
             f'{where}: [batch] window: expected "learned", "off" or milliseconds. Write window = "learned".'
         )
+
+
+def check_files(models: Sequence[str], trust: TrustSettings, password_file: str, where: str) -> None:
+    """Check that this machine has the files which a configuration names. Raises ConfigError."""
+    # Late: only the commands that check a configuration need them.
+    from edge_runtime.bundles.folder import find_bundle  # noqa: PLC0415
+    from edge_runtime.bundles.trust import read_trust  # noqa: PLC0415
+    from edge_runtime.typed_toml import read_secret  # noqa: PLC0415
+
+    read_trust(trust.keys, allow_unsigned=trust.unsigned)
+    read_secret(password_file)
+    for name in models:
+        try:
+            find_bundle(name)
+        except BundleError as error:
+            raise ConfigError(f"{where}: models: {error}") from None
 
 
 def policy_of(batch: BatchSettings) -> Policy:

@@ -1,6 +1,9 @@
 """What `edge-runtime status` shows: the state of the daemon as JSON values, read from the running totals."""
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -16,11 +19,80 @@ class CloudStatus(Protocol):
     def status(self) -> dict[str, object]: ...
 
 
-def status_of(service: Service, cloud: CloudStatus | None, *, uptime_ns: int) -> dict[str, object]:
-    """The whole state. `cloud` is None on a device without one."""
+@dataclass(slots=True)
+class _Problem:
+    why: str
+    since_ns: int
+    since: datetime
+
+
+class Problems:
+    """What is wrong now, by part, and since when; times are arguments. A part that is well again is forgotten."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Problem] = {}
+
+    def update(self, found: Mapping[str, str], *, now_ns: int, now: datetime) -> None:
+        """Note what is wrong at this moment: part -> reason. `now_ns` is monotonic, `now` the time of the day.
+
+        A reason that changes does not begin a new problem: the part has not been well in between.
+        """
+        for part in self._known.keys() - found.keys():
+            del self._known[part]
+        for part, why in found.items():
+            known = self._known.setdefault(part, _Problem(why, now_ns, now))
+            known.why = why
+
+    def listed(self, now_ns: int) -> list[dict[str, object]]:
+        """Every problem as JSON values, the longest lasting first."""
+        ordered = sorted(self._known.items(), key=lambda item: item[1].since_ns)
+        return [
+            {
+                "part": part,
+                "why": problem.why,
+                "since": problem.since.astimezone(UTC).isoformat(timespec="seconds"),
+                "for_s": round((now_ns - problem.since_ns) / 1e9, 1),
+            }
+            for part, problem in ordered
+        ]
+
+
+def problems_of(service: Service, cloud: CloudStatus | None) -> dict[str, str]:
+    """What is wrong now: part -> reason."""
+    found = {}
+    if not service.is_ready:
+        found["daemon"] = "It is draining: it answers the requests that it has, and takes no new ones."
+    if cloud is not None:
+        state = cloud.status()
+        if not state["connected"]:
+            found["cloud"] = (
+                f"No connection to {state['broker']}: {state['why_not'] or 'it is being opened'}."
+            )
+        elif state["why_not"]:
+            found["cloud"] = str(state["why_not"])
+        elif state["breaker"] != "closed":
+            found["cloud"] = f"It failed repeatedly; the circuit breaker is {state['breaker']}."
+    disk = None if service.recall is None else service.recall.disk
+    if disk is not None and not disk.is_on:
+        found["cache on disk"] = f"It is off: {disk.status()['why_off']}."
+    return found
+
+
+def status_of(
+    service: Service,
+    cloud: CloudStatus | None,
+    *,
+    uptime_ns: int,
+    addresses: Sequence[str] = (),
+    problems: Sequence[Mapping[str, object]] = (),
+) -> dict[str, object]:
+    """The whole state. `cloud` is None on a device without one; `addresses` is empty inside a program."""
     return {
         "version": __version__,
+        "state": "ready" if service.is_ready else "draining",
         "ready": service.is_ready,
+        "addresses": list(addresses),
+        "problems": list(problems),
         "uptime_s": round(uptime_ns / 1e9, 1),
         "memory_mb": resident_mb(),
         "models": [_model_status(service, info) for info in service.models()],

@@ -5,11 +5,14 @@ import http.client
 import json
 import signal
 import threading
+import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
 from edge_runtime.client import _UnixConnection
 from edge_runtime.core.protocol import oip
+from edge_runtime.daemon import _drain
 from edge_runtime.mqtt.envelope import Message
 from tests.processes import EDGE, cli, running, until_line
 from tests.uplink.test_escalation import HARD, Listener
@@ -20,6 +23,55 @@ def test_a_second_daemon_on_the_same_socket_is_refused_in_one_sentence(config, d
     assert second.returncode == 2
     assert "already listens" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_status_names_the_addresses_that_answer(config, daemon, tmp_path):
+    status = json.loads(cli("status", "--json", "--config", str(config)).stdout)
+    assert (status["state"], status["ready"], status["problems"]) == ("ready", True, [])
+    unix, http = status["addresses"]
+    assert unix == f"unix:{tmp_path}/e.sock"
+    with urllib.request.urlopen(f"{http}/v2/health/ready", timeout=20) as reply:
+        assert reply.status == 200
+    assert http in cli("status", "--config", str(config)).stdout
+
+
+def test_a_daemon_that_drains_is_not_ready_before_it_stops_listening():
+    """Else a supervisor that still has a connection would go on to send requests here."""
+    seen = []
+
+    class Ingress:
+        async def close_ingress(self):
+            seen.append(("closes", service.is_ready))
+
+        async def drain(self, deadline_s):
+            seen.append(("drains", deadline_s))
+            return True
+
+    service = SimpleNamespace(is_ready=True)
+    asyncio.run(_drain(SimpleNamespace(service=service), Ingress(), 7.0))
+    assert seen == [("closes", False), ("drains", 7.0)]
+
+
+def test_a_drain_that_ends_before_its_requests_is_logged(caplog):
+    class Ingress:
+        async def close_ingress(self):
+            pass
+
+        async def drain(self, deadline_s):
+            return False
+
+    runtime = SimpleNamespace(service=SimpleNamespace(is_ready=True))
+    asyncio.run(_drain(runtime, Ingress(), 7.0))
+    assert "event=drain_incomplete after_s=7" in caplog.text
+
+
+def test_a_daemon_that_listens_nowhere_is_refused(tmp_path):
+    path = tmp_path / "edge.toml"
+    path.write_text('[server]\nsocket = "off"\ntcp = "off"\n')
+    for command in (("serve", "--config", str(path)), ("config", "check", str(path))):
+        done = cli(*command)
+        assert done.returncode == 2
+        assert '[server] socket, tcp: both are "off". Write socket = "auto".' in done.stderr
 
 
 def infer_body(text):

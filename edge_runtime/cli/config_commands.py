@@ -20,15 +20,20 @@ def config() -> None:
 def config_check(path: Path, as_json: bool) -> None:
     """Check a configuration file.
 
-    Where it cannot be used, the exit code is 2 and the message names file, key and correction.
+    Where it cannot be used, the exit code is 2 and the message names file, key and correction. The files it names are
+    looked for on this machine.
 
     \b
     Examples:
       edge-runtime config check edge.toml
     """
-    from edge_runtime.config import load_config
+    from edge_runtime.config import check_listens, load_config
+    from edge_runtime.settings import check_files
 
-    load_config(path)
+    config = load_config(path)
+    check_listens(config, str(path))
+    password_file = "" if config.cloud is None else config.cloud.password_file
+    check_files(config.models, config.trust, password_file, str(path))
     click.echo(json.dumps({"path": str(path), "ok": True}) if as_json else f"ok: {path}")
 
 

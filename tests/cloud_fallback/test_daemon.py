@@ -31,6 +31,21 @@ def test_sigterm_ends_a_worker_that_never_found_its_broker(config, broker):
         assert worker.wait(20) == 0
 
 
+def test_a_configuration_is_checked_with_the_files_it_names(tmp_path):
+    path = tmp_path / "cloud.toml"
+    for text, code, words in (
+        ('models = ["commands"]', 0, "ok: "),
+        ('models = ["commands"]\npassword_file = "/nowhere"', 2, "/nowhere cannot be read"),
+        ('models = ["./nowhere"]', 2, "nowhere"),
+    ):
+        path.write_text(text)
+        done = subprocess.run(
+            [*CLOUD, "config", "check", str(path)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == code
+        assert words in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
