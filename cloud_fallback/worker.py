@@ -24,7 +24,7 @@ from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKi
 from edge_runtime.core.messages import Answer, InferReply, InferRequest
 from edge_runtime.core.protocol import oip
 from edge_runtime.core.protocol.mqtt_reasons import ReasonClass, classify, in_words
-from edge_runtime.core.protocol.parameters import priority_of
+from edge_runtime.core.protocol.parameters import priority_of, time_limit_ns
 from edge_runtime.core.protocol.replies import build_reply
 from edge_runtime.core.protocol.topics import (
     RequestTopic,
@@ -187,7 +187,7 @@ class Worker:
         started_ns = time.monotonic_ns()
         request = oip.decode_request(*unpack(message))
         loaded = self._models[asked.model]
-        deadline_ns = started_ns + _remaining_ns(request, message, self._config.requests.timeout_s)
+        deadline_ns = started_ns + _time_limit_ns(request, message, self._config.requests.timeout_s)
         rows = loaded.model.processor.split(request.inputs)
         priority = priority_of(request.parameters.get("priority"))
         answers = await _all_rows(loaded.lane, rows, deadline_ns, asked.tenant, priority)
@@ -212,11 +212,11 @@ async def _all_rows(
     return [result.answer for result in results if isinstance(result, Served)]
 
 
-def _remaining_ns(request: InferRequest, message: Message, default_s: float) -> int:
-    """The sender's remaining time: exact in the body, in whole seconds in the message's expiry."""
-    deadline_ms = request.parameters.get("deadline_ms")
-    if isinstance(deadline_ms, int | float) and not isinstance(deadline_ms, bool):
-        if deadline_ms <= 0:
-            raise refusal(RefusalKind.LATE)
-        return int(min(deadline_ms, 86_400_000) * 1e6)
-    return int((message.expiry_s or default_s) * 1e9)
+def _time_limit_ns(request: InferRequest, message: Message, default_s: float) -> int:
+    """How long the sender still waits. Raises Refused where that time has passed."""
+    limit_ns = time_limit_ns(request.parameters, expiry_s=message.expiry_s)
+    if limit_ns is None:
+        return int(default_s * 1e9)
+    if limit_ns <= 0:
+        raise refusal(RefusalKind.LATE)
+    return limit_ns

@@ -1,6 +1,7 @@
 """The worker in virtual time: acknowledgements, duplicates, draining, in every order. No socket, no model, no waiting."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,10 +35,11 @@ class Runner:
     def __init__(self):
         self.gate = asyncio.Event()
         self.gate.set()
-        self.runs, self.error = 0, None
+        self.runs, self.error, self.options = 0, None, {}
 
-    async def run_rows(self, rows, **_):
+    async def run_rows(self, rows, **options):
         self.runs += 1
+        self.options = options
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -267,3 +269,26 @@ def test_draining_ends_in_time_whatever_runs():
         assert not rig.worker._tasks
 
     in_rig(scenario, requests=RequestSettings(drain_s=4.0))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expiry_s", "limit_s"),
+    [
+        ({"timeout": 2_000_000}, None, 2),
+        ({"deadline_ms": 2_000}, None, 2),
+        ({"deadline_ms": 9_000}, 3, 3),
+        ({}, 3, 3),
+        ({}, None, 7),
+    ],
+)
+def test_both_spellings_of_a_time_limit_hold_at_the_worker(parameters, expiry_s, limit_s):
+    async def scenario(rig):
+        x = Tensor("x", "FP32", (1, 2), np.float32([[1, 2]]))
+        body = oip.encode_request(InferRequest((x,), parameters=parameters))[0]
+        before_ns = time.monotonic_ns()
+        rig.device.publish(request(1, body, expiry_s=expiry_s))
+        await settle()
+        after_ns = time.monotonic_ns()
+        assert before_ns <= rig.runner.options["deadline_ns"] - limit_s * 10**9 <= after_ns
+
+    in_rig(scenario, requests=RequestSettings(timeout_s=7))

@@ -20,20 +20,21 @@ def priority_of(word: object) -> int:
     raise InvalidRequest('Parameter priority must be "high", "normal" or "low", or a number from 0 to 3.')
 
 
-def time_limit_ns(parameters: Mapping[str, Scalar]) -> int | None:
+def time_limit_ns(parameters: Mapping[str, Scalar], *, expiry_s: int | None = None) -> int | None:
     """How long the caller waits from the arrival of the request on, in nanoseconds; None: it does not say.
 
     There are two spellings: `timeout` in whole microseconds, as Triton reads it, where 0 stands for no limit of the
-    caller's own; and `deadline_ms` in milliseconds. Where a request has both, the shorter holds. At most a day counts.
+    caller's own; and `deadline_ms` in milliseconds. At most a day counts. `expiry_s` is what is left of the expiry of an
+    MQTT message: in whole seconds, but less the time that the message spent in the broker. The shortest limit holds.
 
-    A `deadline_ms` of 0 or less is a limit that has passed: the result is then not positive. Raises InvalidRequest.
+    A `deadline_ms` of 0 or less is a limit that has passed: the result is then 0. Raises InvalidRequest.
     """
-    limits = [
-        limit
-        for limit in (_timeout_ns(parameters.get("timeout")), _deadline_ns(parameters.get("deadline_ms")))
-        if limit is not None
-    ]
-    return min(limits, default=None)
+    limits = (
+        _timeout_ns(parameters.get("timeout")),
+        _deadline_ns(parameters.get("deadline_ms")),
+        expiry_s * 1_000_000_000 if expiry_s else None,
+    )
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _timeout_ns(timeout: Scalar | None) -> int | None:

@@ -35,6 +35,22 @@ def test_both_spellings_of_a_time_limit_are_read_and_the_shorter_holds(parameter
 
 
 @pytest.mark.parametrize(
+    ("parameters", "expiry_s", "limit_ns"),
+    [
+        ({}, None, None),
+        ({}, 0, None),
+        ({}, 3, 3 * 10**9),
+        ({"deadline_ms": 1500}, 2, 1_500_000_000),
+        ({"deadline_ms": 1500}, 1, 10**9),  # the message waited in the broker
+        ({"timeout": 500_000}, 1, 500_000_000),
+        ({"timeout": 0}, 1, 10**9),
+    ],
+)
+def test_the_expiry_of_a_message_is_a_limit_too(parameters, expiry_s, limit_ns):
+    assert time_limit_ns(parameters, expiry_s=expiry_s) == limit_ns
+
+
+@pytest.mark.parametrize(
     "parameters",
     [
         {"timeout": -1},
