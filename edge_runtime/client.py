@@ -3,11 +3,12 @@
 import http.client
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused
-from edge_runtime.core.messages import InferReply, InferRequest
+from edge_runtime.core.messages import InferReply, InferRequest, OutputRequest
 from edge_runtime.core.protocol import oip
 
 _UNAVAILABLE = {429: RefusalKind.FULL, 503: RefusalKind.DRAINING, 504: RefusalKind.LATE}
@@ -42,22 +43,37 @@ class Client:
         """A JSON resource. Raises EdgeRuntimeError."""
         status, _, body = self._call("GET", path, b"", {})
         if status != 200:
-            raise EdgeRuntimeError(oip.decode_error(body)[0])
+            raise EdgeRuntimeError(self._error_of(body, status))
         tree: dict[str, Any] = json.loads(body)
         return tree
 
     def infer(self, model: str, request: InferRequest) -> InferReply:
         """Ask a model. Raises Refused, InvalidRequest or EdgeRuntimeError as the daemon answered."""
-        body, json_length = oip.encode_request(request, binary=True)
+        # Outputs come in binary: 1024 rows with all their scores are more JSON than a reader accepts.
+        outputs = tuple(OutputRequest(output.name, binary=True) for output in request.outputs)
+        body, json_length = oip.encode_request(
+            replace(request, outputs=outputs, binary_default=True), binary=True
+        )
         headers = {"Inference-Header-Content-Length": str(json_length)}
         status, found, answer = self._call("POST", f"/v2/models/{model}/infer", body, headers)
         if status == 200:
             length = found.get("inference-header-content-length")
-            return oip.decode_reply(answer, None if length is None else int(length))
-        message, _ = oip.decode_error(answer)
+            try:
+                return oip.decode_reply(answer, None if length is None else int(length))
+            except (InvalidRequest, ValueError) as error:
+                raise EdgeRuntimeError(
+                    f"The reply of the daemon at {self._path} cannot be read ({error}); is it of another version?"
+                ) from None
+        message = self._error_of(answer, status)
         if status in _UNAVAILABLE:
             raise Refused(_UNAVAILABLE[status], message)
         raise InvalidRequest(message) if status < 500 else EdgeRuntimeError(message)
+
+    def _error_of(self, body: bytes, status: int) -> str:
+        try:
+            return oip.decode_error(body)[0]
+        except InvalidRequest:
+            return f"The daemon at {self._path} answered with status {status} and no reason; see its log."
 
     def _call(
         self, method: str, path: str, body: bytes, headers: dict[str, str]

@@ -1,0 +1,121 @@
+"""The command line's client and the daemon's server understand each other, and no stranger."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+import pytest
+
+from edge_runtime.client import Client
+from edge_runtime.config import Config
+from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused
+from edge_runtime.core.messages import InferRequest, OutputRequest, Tensor
+from edge_runtime.runtime import Runtime
+from edge_runtime.server import start_server
+
+
+def texts(*words, **more):
+    return InferRequest((Tensor("text", "BYTES", (len(words),), words),), **more)
+
+
+def talking(path, scenario):
+    """Run `scenario(client)` in a thread beside a real server on `path`."""
+
+    async def limited():
+        async with asyncio.timeout(60), Runtime.open(Config()) as runtime:
+            server = await start_server(runtime, socket_path=path, tcp=None)
+            try:
+                await asyncio.to_thread(scenario, Client(path))
+            finally:
+                await server.close()
+
+    asyncio.run(limited())
+
+
+@pytest.mark.parametrize(
+    "outputs", [(), (OutputRequest("intent", binary=False), OutputRequest("scores", binary=False))]
+)
+@pytest.mark.parametrize("rows", [1, 2, 200, 1024])
+def test_the_largest_reply_of_mixed_rows_can_be_read(tmp_path, rows, outputs):
+    def scenario(client):
+        known = [f"text {i}".encode() for i in range(rows // 2)]
+        if known:
+            client.infer("commands", texts(*known, outputs=outputs))
+        mixed = [
+            word
+            for pair in zip(known, (f"new {i}".encode() for i in range(rows)), strict=False)
+            for word in pair
+        ]
+        reply = client.infer("commands", texts(*(mixed or [b"one"]), outputs=outputs))
+        columns = {tensor.name: tensor for tensor in reply.outputs}
+        assert set(columns) == ({"intent", "scores"} if outputs else {"intent", "confidence"})
+        assert len(columns["intent"].data) == rows
+        if rows == 1:
+            assert reply.parameters["origin"] == "local"
+        elif rows == 2:
+            assert reply.parameters["origin"] == "cache,local"
+        else:
+            assert (reply.parameters["origin"], reply.parameters["origin_counts"]) == (
+                "mixed",
+                f"cache={rows // 2},local={rows // 2}",
+            )
+
+    talking(tmp_path / "e.sock", scenario)
+
+
+def test_errors_of_the_daemon_are_raised_as_they_were_there(tmp_path):
+    def scenario(client):
+        assert client.is_alive()
+        with pytest.raises(InvalidRequest, match="No such model"):
+            client.infer("nope", texts(b"x"))
+        with pytest.raises(Refused) as refused:
+            client.infer("commands", texts(b"x", parameters={"deadline_ms": 0}))
+        assert refused.value.kind is RefusalKind.LATE
+        with pytest.raises(EdgeRuntimeError, match="No such path"):
+            client.get("/nothing")
+
+    talking(tmp_path / "e.sock", scenario)
+
+
+@contextlib.contextmanager
+def answering(path, answer):
+    """Something on `path` that answers each request with the same bytes."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    peer, _ = listener.accept()
+                    with peer:
+                        peer.recv(65_536)
+                        peer.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "cannot be read"),
+        (
+            b"HTTP/1.1 200 OK\r\nInference-Header-Content-Length: x\r\nContent-Length: 2\r\n\r\n{}",
+            "cannot be read",
+        ),
+        (b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\n\r\nno", "status 500"),
+        (b"nonsense", "does not answer"),
+        (b"", "does not answer"),
+    ],
+)
+def test_what_is_no_answer_of_a_daemon_is_one_sentence(tmp_path, answer, words):
+    path = tmp_path / "e.sock"
+    with answering(path, answer), pytest.raises(EdgeRuntimeError, match=words) as failure:
+        Client(path, timeout_s=20).infer("commands", texts(b"x"))
+    assert str(path) in str(failure.value)
+    assert not isinstance(failure.value, InvalidRequest)  # it is not the caller's request that is wrong
