@@ -46,7 +46,6 @@ class RefusalKind(StrEnum):
     FULL = "full"
     LATE = "late"
     QUOTA = "quota"
-    CANCELLED = "cancelled"
     DRAINING = "draining"
 
 
@@ -63,7 +62,6 @@ _REFUSALS = {
     RefusalKind.FULL: "The queue is full; retry later or lower the rate.",
     RefusalKind.LATE: "The deadline leaves no time for the model; allow more time or retry later.",
     RefusalKind.QUOTA: "The quota is used up; retry later.",
-    RefusalKind.CANCELLED: "The request was cancelled.",
     RefusalKind.DRAINING: "The runtime is shutting down; send the request elsewhere.",
 }
 #: When to retry where the scheduler cannot predict it because nothing was measured yet.

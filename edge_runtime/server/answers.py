@@ -25,7 +25,6 @@ _REFUSED = {
     RefusalKind.FULL: 429,
     RefusalKind.QUOTA: 429,
     RefusalKind.LATE: 504,
-    RefusalKind.CANCELLED: 503,
     RefusalKind.DRAINING: 503,
 }
 _KINDS: tuple[tuple[type[EdgeRuntimeError], int], ...] = (
