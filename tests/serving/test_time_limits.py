@@ -6,12 +6,13 @@ import threading
 import numpy as np
 import pytest
 
-from edge_runtime.config import Config, ServerSettings
+from edge_runtime.config import Config
 from edge_runtime.core.errors import InvalidRequest, RefusalKind, Refused
 from edge_runtime.core.messages import InferRequest, Tensor
 from edge_runtime.engines.fake import FakeEngine
 from edge_runtime.runtime import Runtime
 from edge_runtime.serving import start_model
+from edge_runtime.settings import RequestSettings
 
 
 def request(text, **parameters):
@@ -20,7 +21,8 @@ def request(text, **parameters):
 
 def run(scenario):
     async def limited():
-        async with asyncio.timeout(20), Runtime.open(Config(server=ServerSettings(tcp="off"))) as runtime:
+        config = Config(requests=RequestSettings(timeout_s=3600))
+        async with asyncio.timeout(10), Runtime.open(config) as runtime:
             await scenario(runtime)
 
     asyncio.run(limited())

@@ -4,6 +4,11 @@ SIGNALS, SIGNAL_TESTS = "edge_runtime/signals.py", ("tests/test_signals.py",)
 START, START_TESTS = "edge_runtime/serving/start_model.py", ("tests/serving/test_start_model.py",)
 TOML, SETTINGS = "edge_runtime/typed_toml.py", "edge_runtime/settings.py"
 CONFIG_TESTS = ("tests/test_config.py",)
+ID_TESTS = ("tests/core/protocol/test_ids.py",)
+PARAMETERS = "edge_runtime/core/protocol/parameters.py"
+LIMIT_TESTS = ("tests/serving/test_time_limits.py",)
+CLIENT, CLIENT_TESTS = "edge_runtime/client.py", ("tests/test_client.py",)
+STATUS, STATUS_TESTS = "edge_runtime/status.py", ("tests/test_status.py",)
 DAEMON, DAEMON_TESTS = "edge_runtime/daemon.py", ("tests/test_daemon.py",)
 
 #: (what is guarded, file, the line or part of it, what stands there instead, tests of which one must fail)
@@ -46,9 +51,9 @@ GUARDS = [
     (
         "the drain waits for requests",
         DAEMON,
-        "            await server.drain(config.requests.drain_s)\n",
-        "",
-        DAEMON_TESTS,
+        "    if not await server.drain(drain_s):\n",
+        "    if False:\n",
+        ("tests/test_daemon.py::test_the_drain_waits_for_a_request_that_waits_for_the_cloud",),
     ),
     (
         "an older version than one that ran is refused",
@@ -100,5 +105,146 @@ GUARDS = [
         'batch.window not in ("learned", "off")',
         "False",
         CONFIG_TESTS,
+    ),
+    (
+        "a configuration made in a program is checked",
+        "edge_runtime/runtime.py",
+        '            check_config(config, "Config")\n',
+        "            pass\n",
+        CONFIG_TESTS,
+    ),
+    (
+        "types of a configuration made in a program are checked",
+        "edge_runtime/config.py",
+        "    check_types(config, where)\n",
+        "",
+        CONFIG_TESTS,
+    ),
+    ("two dots are no id", "edge_runtime/core/protocol/ids.py", ' and ".." not in name', "", ID_TESTS),
+    (
+        "an id made of a host name is one",
+        "edge_runtime/core/protocol/ids.py",
+        're.sub(r"\\.{2,}", ".", re.sub(r"[^a-z0-9._-]", "-", text.lower()))',
+        're.sub(r"[^a-z0-9._-]", "-", text.lower())',
+        ID_TESTS,
+    ),
+    (
+        "others than loopback are refused",
+        "edge_runtime/config.py",
+        "if not _is_loopback(host):",
+        "if False:",
+        CONFIG_TESTS,
+    ),
+    (
+        "a program's deadline_ms counts",
+        PARAMETERS,
+        '_deadline_ns(parameters.get("deadline_ms")),\n',
+        "None,\n",
+        LIMIT_TESTS,
+    ),
+    (
+        "a program's timeout counts",
+        PARAMETERS,
+        '_timeout_ns(parameters.get("timeout")),\n',
+        "None,\n",
+        LIMIT_TESTS,
+    ),
+    (
+        "a limit that has passed is refused",
+        "edge_runtime/serving/service.py",
+        "        if limit_ns <= 0:\n",
+        "        if False:\n",
+        LIMIT_TESTS,
+    ),
+    (
+        "the worker obeys the sender's limit",
+        "cloud_fallback/worker.py",
+        "limit_ns = time_limit_ns(request.parameters, expiry_s=message.expiry_s)",
+        "limit_ns = time_limit_ns({}, expiry_s=message.expiry_s)",
+        ("tests/cloud_fallback/test_worker.py",),
+    ),
+    (
+        "many mixed rows fit into a parameter",
+        "edge_runtime/core/protocol/row_words.py",
+        "    if len(name) + len(joined) <= LIMITS.parameter_bytes:\n",
+        "    if True:\n",
+        ("tests/core/protocol/test_row_words.py", "tests/test_client.py"),
+    ),
+    (
+        "the client asks for outputs that it can read",
+        CLIENT,
+        "OutputRequest(output.name, binary=True)",
+        "OutputRequest(output.name, binary=False)",
+        CLIENT_TESTS,
+    ),
+    (
+        "a sure answer does not wait for the broker",
+        "edge_runtime/cli/ask.py",
+        'if runtime.uplink is None or not reply.parameters["degraded"]:',
+        "if runtime.uplink is None:",
+        ("tests/cli/test_ask.py",),
+    ),
+    (
+        "an unsure answer asks the cloud once it is there",
+        "edge_runtime/cli/ask.py",
+        "        if not await runtime.uplink.wait_connected(_CONNECT_S):\n            return reply\n",
+        "        return reply\n",
+        ("tests/cli/test_ask.py",),
+    ),
+    (
+        "models show asks for the signature",
+        "edge_runtime/cli/models.py",
+        "        trust=admission.trust,\n",
+        "",
+        ("tests/cli/test_models.py",),
+    ),
+    (
+        "models list asks for the signature",
+        "edge_runtime/cli/models.py",
+        "load_bundle(find_bundle(name), admission.trust)",
+        "load_bundle(find_bundle(name))",
+        ("tests/cli/test_models.py",),
+    ),
+    (
+        "a scrape loads no MQTT library",
+        "edge_runtime/metrics.py",
+        "from edge_runtime.serving.service import Service\n",
+        "from edge_runtime.serving.service import Service\nfrom edge_runtime.uplink.uplink import Uplink\n",
+        ("tests/test_runtime.py",),
+    ),
+    (
+        "a daemon that drains is not ready",
+        DAEMON,
+        "    runtime.service.is_ready = False\n",
+        "",
+        ("tests/test_daemon.py::test_a_daemon_that_drains_is_not_ready_before_it_stops_listening",),
+    ),
+    (
+        "status names the addresses",
+        DAEMON,
+        "        runtime.addresses = tuple(server.addresses)\n",
+        "",
+        ("tests/test_daemon.py::test_status_names_the_addresses_that_answer",),
+    ),
+    (
+        "a problem keeps its beginning",
+        STATUS,
+        "known = self._known.setdefault(part, _Problem(why, now_ns, now))",
+        "known = self._known[part] = _Problem(why, now_ns, now)",
+        STATUS_TESTS,
+    ),
+    (
+        "a problem that is over is forgotten",
+        STATUS,
+        "        for part in self._known.keys() - found.keys():\n            del self._known[part]\n",
+        "",
+        STATUS_TESTS,
+    ),
+    (
+        "numbers are whole on a narrow screen",
+        "edge_runtime/cli/tables.py",
+        'justify="right", no_wrap=True',
+        'justify="right"',
+        ("tests/cli/test_tables.py",),
     ),
 ]
