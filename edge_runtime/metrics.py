@@ -1,15 +1,24 @@
 """Prometheus text from the running totals; nothing is counted twice and nothing happens before a scrape."""
 
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 
 from edge_runtime.caching.two_level import DiskStore
 from edge_runtime.core.escalation.decision import LinkState
+from edge_runtime.core.messages import BOUNDS_NS
 from edge_runtime.serving.service import Service
+
+_BOUNDS_S = [*(str(bound / 1e9) for bound in BOUNDS_NS), "+Inf"]
 
 
 class CloudLink(Protocol):
@@ -50,10 +59,20 @@ def _models(service: Service) -> Iterable[Metric]:
     for labels, count in service.counters.outcomes.items():
         rows.add_metric(labels, count)
     yield rows
-    summaries = {
+    distributions = {
         "requests": "End-to-end time of answered rows.",
+        "queue": "Time that rows waited for an engine; 0 for those that the cache answered.",
+    }
+    for name, text in distributions.items():
+        histogram = HistogramMetricFamily(f"edge_{name}_seconds", text, labels=["model"])
+        for info in service.models():
+            distribution = getattr(service.statistics(info.name), name)
+            counts = zip(_BOUNDS_S, accumulate(distribution.counts), strict=True)
+            histogram.add_metric([info.name], list(counts), distribution.ns / 1e9)
+        yield histogram
+    yield _batch_sizes(service)
+    summaries = {
         "failures": "Rows the model failed on.",
-        "queue": "Time that rows waited for an engine.",
         "compute_input": "Time from raw input to tensors.",
         "compute_infer": "Engine time, per row of the batch it ran in.",
         "compute_output": "Time from tensors to answers.",
@@ -86,6 +105,17 @@ def _models(service: Service) -> Iterable[Metric]:
     yield batches
     yield waiting
     yield from _troubles(service)
+
+
+def _batch_sizes(service: Service) -> Metric:
+    histogram = HistogramMetricFamily("edge_batch_rows", "Rows of the batches that ran.", labels=["model"])
+    for info in service.models():
+        sizes = service.statistics(info.name).batch_sizes
+        bounds = [1 << power for power in range((max(info.max_batch, 1) - 1).bit_length() + 1)]
+        counts = [sum(n for size, n in sizes.items() if size <= bound) for bound in bounds]
+        buckets = [*zip(map(str, map(float, bounds)), counts, strict=True), ("+Inf", sum(sizes.values()))]
+        histogram.add_metric([info.name], buckets, sum(size * n for size, n in sizes.items()))
+    return histogram
 
 
 def _troubles(service: Service) -> Iterable[Metric]:

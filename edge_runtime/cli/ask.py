@@ -59,10 +59,11 @@ def ask(text: str, model: str, private: bool, no_cache: bool, config_path: Path 
 @click.argument("file", type=click.File("rb"))
 @config_option
 @reports_errors
-def infer(model: str, file: BinaryIO, config_path: Path | None) -> None:
+def infer(model: str, file: BinaryIO, config_path: Path | None) -> int:
     """Send a request file to a model.
 
-    FILE is an Open Inference Protocol request in JSON, or - for stdin. The reply is printed as JSON.
+    FILE is an Open Inference Protocol request in JSON, or - for stdin. The reply is printed as JSON. The exit code is 3
+    if an answer in it is degraded.
 
     \b
     Examples:
@@ -76,6 +77,7 @@ def infer(model: str, file: BinaryIO, config_path: Path | None) -> None:
     reply = _infer(model, oip.decode_request(file.read(), None), config_path)
     body, _ = oip.encode_reply(replace(reply, binary_outputs=frozenset()))
     click.echo(body.decode("utf-8"))
+    return 3 if reply.parameters.get("degraded") else 0
 
 
 def connect(config_path: Path | None) -> "Client | None":
@@ -85,6 +87,16 @@ def connect(config_path: Path | None) -> "Client | None":
 
     path = socket_path(load_config(config_path))
     return Client(path) if path is not None and path.is_socket() and Client(path).is_alive() else None
+
+
+def absence(config_path: Path | None) -> str:
+    """A sentence that says where no daemon was found."""
+    from edge_runtime.config import load_config, socket_path
+
+    path = socket_path(load_config(config_path))
+    if path is None:
+        return '[server] socket is "off", and commands reach a daemon by its socket. Write socket = "auto".'
+    return f"No daemon listens on {path}; start one with: edge-runtime serve"
 
 
 def _infer(model: str, request: "InferRequest", config_path: Path | None) -> "InferReply":

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edge_runtime import __version__
-from edge_runtime.cli.ask import ask, connect, infer
+from edge_runtime.cli.ask import absence, ask, connect, infer
 from edge_runtime.cli.config_commands import config
 from edge_runtime.cli.models import models
 from edge_runtime.cli.options import SuggestingGroup, config_option, json_option, reports_errors
@@ -61,7 +61,7 @@ def status(config_path: Path | None, as_json: bool) -> None:
     """
     client = connect(config_path)
     if client is None:
-        raise EdgeRuntimeError("No daemon runs here; start one with: edge-runtime serve")
+        raise EdgeRuntimeError(absence(config_path))
     tree = client.get("/status")
     if as_json:
         click.echo(json.dumps(tree))

@@ -1,5 +1,6 @@
 """The values that modules exchange: tensors, requests, answers, replies, model descriptions, statistics."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -192,13 +193,30 @@ class Duration:
         self.ns += ns
 
 
+#: Upper bounds of the intervals in which times are counted, from a tenth of a millisecond to ten seconds: three for each
+#: factor of ten, so that a quantile read from the counts is at most 2.5 times off.
+BOUNDS_NS = (*(int(step * 10**power) for power in range(5, 10) for step in (1, 2.5, 5)), 10**10)
+
+
+@dataclass(slots=True)
+class Distribution(Duration):
+    """A Duration that also counts how many events lie in each interval of `BOUNDS_NS`; the last is above all bounds."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_NS) + 1))
+
+    def add(self, ns: int, count: int = 1) -> None:
+        self.count += count
+        self.ns += ns
+        self.counts[bisect_left(BOUNDS_NS, ns)] += count
+
+
 @dataclass(slots=True)
 class ModelStatistics:
     """Running totals of one model, named as in the protocol's statistics extension."""
 
-    requests: Duration = field(default_factory=Duration)  # rows answered, end to end
+    requests: Distribution = field(default_factory=Distribution)  # rows answered, end to end
     failures: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
+    queue: Distribution = field(default_factory=Distribution)
     compute_input: Duration = field(default_factory=Duration)  # text to tensors
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)  # tensors to answers

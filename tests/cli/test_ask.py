@@ -31,7 +31,27 @@ def test_ask_works_without_a_daemon_and_with_one(config, daemon):
     assert spoken.stdout.startswith("smart_home  ")
     gone = cli("status", "--config", str(config))
     assert (gone.returncode, gone.stdout) == (1, "")
-    assert "edge-runtime serve" in gone.stderr
+    socket_path = config.parent / "e.sock"
+    assert f"No daemon listens on {socket_path}; start one with: edge-runtime serve" in gone.stderr
+
+
+def test_status_without_a_socket_says_which_key_to_change(tmp_path):
+    path = tmp_path / "edge.toml"
+    path.write_text('[server]\nsocket = "off"\n')
+    done = cli("status", "--config", str(path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert '[server] socket is "off"' in done.stderr
+
+
+@pytest.mark.parametrize(("text", "code"), [("turn the lights off", 0), (HARD, 3)])
+def test_a_degraded_reply_has_an_exit_code_of_its_own(tmp_path, silent_broker, text, code):
+    path = tmp_path / "edge.toml"
+    path.write_text(f'[server]\nsocket = "off"\n[cloud]\nbroker = "{silent_broker}"\n')
+    request = json.dumps({"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}]})
+    done = cli("infer", "commands", "-", "--config", str(path), input=request)
+    assert done.returncode == code
+    assert json.loads(done.stdout)["parameters"]["degraded"] is (code == 3)
+    assert cli("ask", text, "--config", str(path)).returncode == code
 
 
 def test_infer_sends_a_request_of_the_protocol(config, tmp_path):

@@ -241,6 +241,20 @@ GUARDS = [
         STATUS_TESTS,
     ),
     (
+        "times are counted where they lie",
+        "edge_runtime/core/messages.py",
+        "self.counts[bisect_left(BOUNDS_NS, ns)] += count",
+        "self.counts[-1] += count",
+        ("tests/test_metrics.py",),
+    ),
+    (
+        "histograms are cumulative",
+        "edge_runtime/metrics.py",
+        "accumulate(distribution.counts)",
+        "distribution.counts",
+        ("tests/test_metrics.py",),
+    ),
+    (
         "numbers are whole on a narrow screen",
         "edge_runtime/cli/tables.py",
         'justify="right", no_wrap=True',
