@@ -72,7 +72,7 @@ def problems_of(service: Service, cloud: CloudStatus | None) -> dict[str, str]:
             found["cloud"] = str(state["why_not"])
         elif state["breaker"] != "closed":
             found["cloud"] = f"It failed repeatedly; the circuit breaker is {state['breaker']}."
-    disk = None if service.recall is None else service.recall.disk
+    disk = None if service.cache is None else service.cache.disk
     if disk is not None and not disk.is_on:
         found["cache on disk"] = f"It is off: {disk.status()['why_off']}."
     return found

@@ -43,8 +43,8 @@ def test_the_longest_problem_comes_first_and_parts_are_apart():
 
 
 def service(ready=True, disk=None):
-    recall = None if disk is None else SimpleNamespace(disk=disk)
-    return SimpleNamespace(is_ready=ready, recall=recall)
+    cache = None if disk is None else SimpleNamespace(disk=disk)
+    return SimpleNamespace(is_ready=ready, cache=cache)
 
 
 def cloud(**more):
