@@ -92,6 +92,9 @@ def answering(path, answer):
                     with peer:
                         peer.recv(65_536)
                         peer.sendall(answer)
+                        peer.shutdown(socket.SHUT_WR)
+                        while peer.recv(65_536):  # to close with unread bytes would reset the answer away
+                            pass
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
