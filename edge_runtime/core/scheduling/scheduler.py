@@ -486,7 +486,9 @@ class Scheduler:
 
     def _dispatch(self, now_ns: int, queue: Queue) -> list[Action]:
         pool, lane = self._pool, queue.lane
-        rows = lane.split.batch(lane.waiting)
+        # Newcomers join a sequence at its next step, whatever smaller batches would cost: the sequence may have a
+        # thousand steps, and they would wait for its end.
+        rows = self._limits.max_batch if lane.staying else lane.split.batch(lane.waiting)
         lane.is_filling = lane.waiting >= lane.split.most
         members = self._staying(lane) if lane.staying else []
         newcomers = self._newcomers(queue, rows - len(members))

@@ -465,6 +465,17 @@ def test_a_new_lane_of_one_member_does_not_cost_the_lane_of_another_what_it_lear
     assert scheduler.predicted_ns("x", 2) == 777
 
 
+def test_newcomers_join_a_sequence_although_two_small_batches_would_cost_less():
+    profile = ((1, MS), (2, 5 * MS), (4, 9 * MS), (8, 20 * MS))
+    scheduler = Scheduler(LIMITS, latency_profile=profile)
+    scheduler.submit(0, 0, "L")
+    (step,) = scheduler.poll(0)
+    scheduler.submit(1, 1, "L")
+    scheduler.batch_done(MS, step.batch_id, MS, staying={0: "L"})
+    (step,) = scheduler.poll(MS)
+    assert set(step.ids) == {0, 1}
+
+
 def test_a_paused_member_waits_for_nothing_until_it_is_resumed_and_is_then_refused_by_no_limit():
     scheduler = Scheduler(QueueLimits(max_batch=2, max_waiting=1, tenant_max_waiting=1))
     scheduler.submit(0, 1, "L", size_bytes=9)
