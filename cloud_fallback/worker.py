@@ -39,7 +39,8 @@ from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost, R
 from edge_runtime.mqtt.envelope import Message, pack, reads_zstd, unpack
 from edge_runtime.mqtt.paho_adapter import PahoClient
 from edge_runtime.processing import Question
-from edge_runtime.serving.model_runner import ModelRunner, Served
+from edge_runtime.serving.in_flight import Served
+from edge_runtime.serving.model_runner import ModelRunner
 
 _log = logging.getLogger(__name__)
 #: A worker that restarts within this time gets what was sent to it and not acknowledged.

@@ -1,4 +1,4 @@
-"""Blocking model runners behind one small Protocol. Engines know rows and buffers, never requests or time."""
+"""What runs a model: blocking engines behind two small Protocols. An engine knows rows, and no requests or deadlines."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -30,11 +30,11 @@ class Engine(Protocol):
 
     @property
     def batch_unsafe(self) -> frozenset[str]:
-        """Operators of the model which compute over all rows of a batch."""
+        """Operators of the model that compute over all rows of a batch."""
 
     @property
     def name(self) -> str:
-        """What runs the model: "onnxruntime", "litert", "fake"."""
+        """The runtime: "onnxruntime", "litert", "fake"."""
 
     def bind(self, shapes: Shapes, rows: int) -> Batch:
         """Return the buffers of a batch of 1..max_batch `rows` whose arrays have `shapes`.
@@ -51,14 +51,14 @@ class Engine(Protocol):
         """
 
     def deny_batches(self) -> None:
-        """Run single rows from now on: a test has shown that neighbours change answers."""
+        """Run single rows from now on, because a test has shown that neighbours change answers."""
 
     def close(self) -> None:
         """Free the model. Idempotent; no other method may be called afterwards."""
 
 
 class Step(NamedTuple):
-    """What one step came to for one member: its output, and the input of its next step (None: it has ended)."""
+    """The result of one step for one member: its output, and the input of its next step (None: it has ended)."""
 
     output: Row
     following: Row | None
@@ -79,7 +79,7 @@ class StepEngine(Protocol):
         """Reserve the state of a new member whose first row is `row`; return its handle. Raises EngineFailed."""
 
     def step(self, handles: Sequence[int], rows: Sequence[Row]) -> Sequence[Step]:
-        """Run one step of 1..max_batch members whose rows have equal shapes; return what it came to for each."""
+        """Run one step of 1..max_batch members whose rows have equal shapes; return the result for each."""
 
     def release(self, handle: int) -> None:
         """Free the state of a member, however it ended. Called exactly once for each handle."""

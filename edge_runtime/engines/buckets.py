@@ -1,6 +1,6 @@
-"""What engines with prepared buffers share: one set per row shape and prepared size, checks of rows, zeroed padding.
+"""What engines with prepared buffers share: a set of buffers for each row shape and prepared size, and zeroed padding.
 
-Subclasses know a runtime; this module knows none.
+A bucket is what rows of one shape share. Subclasses know a runtime; this module knows none.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import Array, Shapes
 from edge_runtime.engines import Batch
 
-#: Row shapes whose buffers are kept; a client that sends ever new shapes must not grow memory.
+#: Row shapes whose buffers are kept: memory must not grow with the shapes that clients send.
 _MAX_BUCKETS = 16
 
 
@@ -31,7 +31,7 @@ class Port:
 
 @dataclass(slots=True)
 class Buffers:
-    """Input arrays `[size, ...]` of one prepared size. Of their rows, `used` may hold something else than zero."""
+    """Input arrays `[size, ...]` of one prepared size. Only the first `used` rows may hold anything but zero."""
 
     arrays: list[Array]
     used: int
@@ -50,7 +50,7 @@ class BoundBatch(Generic[B]):
 
 
 class BucketedEngine(ABC, Generic[B]):
-    """An engine but for the runtime: `_bind` prepares buffers, `_execute` runs them. See `engines.Engine`."""
+    """An engine without its runtime: `_bind` prepares buffers, `_execute` runs them. See `engines.Engine`."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class BucketedEngine(ABC, Generic[B]):
 
     @property
     def batch_unsafe(self) -> frozenset[str]:
-        """Operators whose scale or mean is taken over all rows of a batch."""
+        """Operators that compute a scale or a mean over all rows of a batch."""
         return self._batch_unsafe
 
     def deny_batches(self) -> None:
@@ -96,7 +96,7 @@ class BucketedEngine(ABC, Generic[B]):
             raise EngineFailed(f"the engine got {rows} rows; it takes 1 to {self._max_batch}")
         buffers = self._buffers(shapes, rows)
         arrays = buffers.arrays
-        if buffers.used > rows:  # what an earlier, larger batch left behind would be run as padding
+        if buffers.used > rows:  # the rows of an earlier, larger batch would run as padding
             for array in arrays:
                 array[rows : buffers.used] = 0
         buffers.used = rows
@@ -128,7 +128,7 @@ class BucketedEngine(ABC, Generic[B]):
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(shapes)
-        # Powers of two: at most half of a batch is padding, and a bucket needs few sets of buffers.
+        # Sizes are powers of two: at most half of a batch is padding, and a bucket needs few sets of buffers.
         size = min(1 << (rows - 1).bit_length(), self._max_batch)
         bound = sizes.get(size)
         if bound is None:
@@ -142,9 +142,9 @@ class BucketedEngine(ABC, Generic[B]):
 
 
 def port(name: str, side: str, dtype: np.dtype[Any] | None, shape: Sequence[int | None]) -> Port:
-    """Describe an input or output ("input", "output"). `dtype` is None for what numpy cannot hold.
+    """Describe an input or output; `side` says which ("input", "output"). `dtype` is None for a type that numpy lacks.
 
-    Raises BundleError for what cannot be bound.
+    Raises BundleError for one that cannot be bound.
     """
     if dtype is None:
         raise BundleError(
@@ -156,13 +156,13 @@ def port(name: str, side: str, dtype: np.dtype[Any] | None, shape: Sequence[int 
 
 
 def check_outputs(outputs: Sequence[Array], size: int) -> None:
-    """Refuse a trial run whose outputs are not one row for each of `size` input rows. Raises EngineFailed."""
+    """Refuse outputs of a first run that are not one row for each of `size` input rows. Raises EngineFailed."""
     if any(output.shape[:1] != (size,) for output in outputs):
         raise EngineFailed("the model did not return one output row for each input row")
 
 
 def first_line(error: Exception) -> str:
-    """What a runtime said, short enough for a sentence."""
+    """The error of a runtime, short enough for a sentence."""
     return str(error).split("\n", 1)[0][:200]
 
 

@@ -1,4 +1,4 @@
-"""From the word for an engine in a manifest to the engine; runtimes are imported here and only when needed."""
+"""Builds the engine that a manifest names. A runtime is imported only when a model needs it."""
 
 from types import ModuleType
 
@@ -20,7 +20,7 @@ def build_engine(
     `threads` is what the engine uses inside one operator; `is_batch_invariant` is the maker's claim, and
     `are_rows_alike` says that all rows have the same shapes. Raises BundleError.
     """
-    # Imported late: reading bundles must not cost the 20 MB of a runtime.
+    # Imported late: a process that only reads bundles must not pay 20 MB for a runtime.
     if engine == "onnx":
         from edge_runtime.engines.onnx import OnnxEngine  # noqa: PLC0415
 
@@ -40,7 +40,7 @@ def build_engine(
 
 
 def engine_version(engine: str) -> str:
-    """Name and version of what runs a manifest's engine, which is imported for it. Raises BundleError."""
+    """Return name and version of the runtime of a manifest's engine, which is imported for it. Raises BundleError."""
     if engine == "onnx":
         from edge_runtime.engines.onnx import VERSION  # noqa: PLC0415
 

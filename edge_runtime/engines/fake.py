@@ -1,4 +1,4 @@
-"""An engine for tests, public because users of the runtime need one too. It computes what it is told to."""
+"""An engine for tests that computes what it is told to. It is public: users of the runtime test with it too."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -19,11 +19,12 @@ class FakeBatch:
 
 
 class FakeEngine:
-    """Runs `answer` on each row and does as it is told: fails, miscounts, or waits.
+    """Runs `answer` on each row; fails, returns a wrong number of rows, or waits if it is told to.
 
-    `dtypes` are those of the model's inputs; one stands for all of them. `batch_sizes` records the rows of every call. `fail_on` holds call numbers, from 1, that raise
-    `error`; `miscount` is added to the number of rows returned; while `gate` is set to an Event, each call
-    first waits for it (`entered` is set once a call waits), so that a test can hold the engine busy.
+    `dtypes` are those of the model's inputs; one stands for all of them. `batch_sizes` records the rows of each call.
+    `fail_on` holds the numbers of calls, from 1, that raise `error`; `miscount` is added to the number of rows that are
+    returned. While `gate` is an Event, each call first waits for it, and `entered` is set once a call waits, so that a
+    test can keep the engine busy.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class FakeEngine:
 
     @property
     def batch_unsafe(self) -> frozenset[str]:
-        """None: it has no operators."""
+        """Empty: it has no operators."""
         return frozenset()
 
     @property
@@ -75,7 +76,7 @@ class FakeEngine:
         return FakeBatch(shapes, rows, self._dtypes)
 
     def run(self, batch: Batch) -> list[Array]:
-        """Answer each row, unless told otherwise."""
+        """Answer each row, unless it is told to fail."""
         assert not self.is_closed, "run after close"
         rows = list(zip(*batch.inputs, strict=True))
         self.batch_sizes.append(len(rows))

@@ -1,7 +1,9 @@
-"""The only door to onnxruntime: a session over verified bytes, with buffers bound once per bucket and prepared size.
+"""Runs ONNX models on the CPU: a session over verified bytes, with buffers bound once per bucket and prepared size.
 
-A plain `run()` of a tiny model spends most of its time on checking and allocating; binding inputs and outputs
-to arrays of ours once, writing rows in place and running costs about half.
+The only module that imports onnxruntime.
+
+A plain `run()` of a tiny model spends most of its time on checks and allocation. To bind inputs and outputs once to
+arrays of our own, to write rows in place and to run costs about half.
 """
 
 from dataclasses import dataclass
@@ -61,9 +63,9 @@ class OnnxEngine(BucketedEngine[_Bound]):
     ) -> None:
         """Load `model`. Batches are forced to 1 where the graph or the caller says that neighbours matter.
 
-        `threads` is the number of threads inside an operator; `are_rows_alike` says that all rows have the
-        same shapes. Raises BundleError for a model that keeps data
-        in other files, has inputs this project cannot bind, or that the runtime refuses.
+        `threads` is the number of threads inside an operator; `are_rows_alike` says that all rows have the same
+        shapes. Raises BundleError for a model that keeps data in other files, whose inputs or outputs cannot be bound,
+        or that the runtime refuses.
         """
         found = scan(model)
         options = ort.SessionOptions()
@@ -71,17 +73,17 @@ class OnnxEngine(BucketedEngine[_Bound]):
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 4
-        # The arena keeps the worst case for ever (85 -> 218 MB reported where lengths vary). Rows of one shape
-        # have no worst case: there it saves 3 MB of holes that malloc leaves between batches.
+        # The arena keeps the worst case for ever (85 -> 218 MB reported where lengths vary). Rows of one shape have
+        # no worst case: for them the arena saves 3 MB of holes that malloc leaves between batches.
         options.enable_cpu_mem_arena = are_rows_alike
         # Spinning burns most of a core between sparse requests.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            # Without the fallback: it would print, and load the same file on the same provider once more.
+            # Without the fallback, which would print, and load the same bytes on the same provider once more.
             self._session: Any = ort.InferenceSession(
                 model, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
-            # A name that is no text is found only when it is read.
+            # A name that is not UTF-8 raises only when it is read.
             inputs = [(node.name, node.type, node.shape) for node in self._session.get_inputs()]
             outputs = [(node.name, node.type, node.shape) for node in self._session.get_outputs()]
         except Exception as error:  # noqa: BLE001 - the runtime has no public error class
@@ -109,7 +111,7 @@ class OnnxEngine(BucketedEngine[_Bound]):
         return bound.outputs
 
     def _bind(self, shapes: Shapes, size: int) -> _Bound:
-        """Allocate arrays for one batch size. A first plain run tells the shapes of the outputs."""
+        """Allocate arrays for one batch size. A plain run shows the shapes of the outputs."""
         inputs = [np.zeros((size, *s), p.dtype) for p, s in zip(self.inputs, shapes, strict=True)]
         trial = self._session.run(None, {p.name: array for p, array in zip(self.inputs, inputs, strict=True)})
         check_outputs(trial, size)

@@ -12,9 +12,10 @@ from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import LatencyProfile, ModelInfo
 from edge_runtime.engines import Engine
-from edge_runtime.loading.prepare import measure_latency_profile, prepare, unfit
+from edge_runtime.loading.prepare import prepare, unfit
 from edge_runtime.loading.quarantine import Quarantine
 from edge_runtime.loading.sandbox_messages import Report
+from edge_runtime.loading.self_test import measure_latency_profile
 from edge_runtime.processing import Processor
 
 _log = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ import msgspec
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.engines.build import engine_version
-from edge_runtime.loading.prepare import measure_latency_profile, prepare, run_every_shape, unfit
+from edge_runtime.loading.prepare import prepare, unfit
 from edge_runtime.loading.sandbox_messages import READY, ProbeRequest, ProbeResult, Report
+from edge_runtime.loading.self_test import measure_latency_profile, run_every_shape
 
 _PDEATHSIG = 1  # of prctl(2)
 #: The words with which runners report that memory was refused: C++, the allocators of ONNX Runtime, Rust.

@@ -1,4 +1,7 @@
-"""Raw input -> tensors, tensors -> answer; a closed list of steps, versioned and parameterised by the bundle."""
+"""What happens to a request before and after its model: tensors of clients to rows, rows to answers.
+
+The kinds of processing are a closed list; a bundle names a kind and its version, and gives its parameters.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -7,7 +10,7 @@ import numpy as np
 
 from edge_runtime.core.messages import Answer, Array, InferReply, Row, Shapes, Signature, Tensor, TensorSpec
 
-#: One row of a request as its processor keeps it. Only the processor that made it reads it.
+#: One row of a request as its processor keeps it. Nobody else looks into it.
 Question = Any
 
 
@@ -15,7 +18,7 @@ class PreparedRow(NamedTuple):
     """A row that is ready to wait for its batch.
 
     `shapes` are those of its input arrays, without the batch axis: rows of equal shapes may share a batch.
-    `size_bytes` is what the row takes while it waits. `data` is what `encode_batch` and `decode_batch` work from.
+    `size_bytes` is the memory that the row takes while it waits. `encode_batch` and `decode_batch` work from `data`.
     """
 
     shapes: Shapes
@@ -24,19 +27,19 @@ class PreparedRow(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Rows -> the model's input arrays: the part of a processor that its featuriser does."""
+    """Turns rows into the model's input arrays: the part of a processor that a featuriser does."""
 
     @property
     def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
         """The dtypes of the model inputs that `encode_batch` writes, in the model's order."""
 
     def prepare(self, question: Question, /) -> PreparedRow:
-        """Do what must be known of one row before it can join a batch: its shapes and its size."""
+        """Compute what the scheduler must know of a row before it can join a batch. Called on the event loop."""
 
     def encode_batch(self, batch: Sequence[Any], buffers: Sequence[Array]) -> None:
         """Write the `data` of rows of equal shapes into `buffers`, one array `[rows, ...]` for each model input.
 
-        Every element is written: the buffers hold what an earlier batch left there.
+        Every element must be written: the buffers hold what an earlier batch left there.
         """
 
 
@@ -54,19 +57,19 @@ class Processor(Encoder, Protocol):
 
     @property
     def version(self) -> str:
-        """Changes whenever the same input could give another answer; part of every cache key."""
+        """A text that changes whenever an equal input could give another answer; part of every cache key."""
 
     @property
     def model_outputs(self) -> tuple[TensorSpec, ...]:
-        """What the model must return, in this order, for `decode_batch` to read; its own names do not matter."""
+        """The outputs that `decode_batch` reads, in this order; the model's own names of them do not matter."""
 
     @property
     def labels(self) -> tuple[bytes, ...] | None:
-        """The labels an answer can begin with; None where the task has none."""
+        """The values that the first output can have; None where the task has no labels."""
 
     @property
     def fusion_version(self) -> str | None:
-        """The version of the cloud's model that `fuse` was fitted for; None where it was fitted for none."""
+        """The version of the cloud's model that `fuse` was fitted for; None where answers are not fused."""
 
     def split(self, inputs: Sequence[Tensor]) -> list[Question]:
         """Check a request's tensors and return its rows.
@@ -76,12 +79,13 @@ class Processor(Encoder, Protocol):
         """
 
     def canonical(self, question: Question) -> bytes:
-        """Return the bytes of one row for the cache key. Equal bytes mean an equal question, and only those do."""
+        """Return the bytes of one row for the cache key: two rows have equal bytes if and only if they are equal."""
 
     def decode_batch(self, outputs: Sequence[Array], batch: Sequence[Any]) -> list[Answer]:
         """Turn model outputs `[rows, ...]` into one answer with its calibrated confidence for each row of `batch`.
 
-        The outputs are the engine's buffers; an answer owns its bytes.
+        The outputs are the engine's buffers, which the next batch overwrites. An answer must own its bytes: a view would
+        keep the memory of the whole batch, too.
         """
 
     def tensors(self, question: Question) -> tuple[Tensor, ...]:

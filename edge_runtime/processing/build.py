@@ -1,4 +1,4 @@
-"""From a bundle's description to its processor: the closed list of kinds, with typed parameters."""
+"""Builds the processor that a bundle's manifest describes: a closed list of kinds, with typed parameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import assert_never
@@ -23,7 +23,7 @@ from edge_runtime.processing.text_slots import TextSlots
 from edge_runtime.processing.words import WordFeaturiser
 
 MAX_LABELS = 65_536
-#: The label of what belongs to no other one.
+#: The label of texts that belong to no other label.
 OUT_OF_SCOPE = "oos"
 
 
@@ -62,7 +62,7 @@ class PlainTensors(msgspec.Struct, frozen=True, tag_field="kind", tag="tensors")
 
 
 Parameters = TextNgrams | TextWordpiece | WordSlots | PlainTensors
-#: A version stands for a way to compute; bundles made for another one would be answered wrongly.
+#: A version stands for one way to compute; a bundle that was made for another one would give wrong answers.
 _VERSIONS = {"text_ngrams": "1", "text_wordpiece": "1", "text_slots": "1", "tensors": "1"}
 
 
@@ -149,7 +149,7 @@ def _wordpiece(parameters: TextWordpiece, files: Mapping[str, bytes]) -> Encoder
     if not parameters.lengths or not all(2 <= length <= 512 for length in parameters.lengths):
         raise ValueError("lengths must lie in 2..512")
     try:
-        # Imported only here: the edge never pays for a tokeniser its bundle does not ask for.
+        # Imported only here: a device does not pay for a tokeniser that its bundles do not need.
         from edge_runtime.processing.wordpiece import WordpieceFeaturiser  # noqa: PLC0415
     except ImportError:
         raise ValueError("the tokenizers package is missing: pip install 'edge-runtime[cloud]'") from None

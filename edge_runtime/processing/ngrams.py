@@ -16,7 +16,8 @@ from edge_runtime.core.messages import Array
 from edge_runtime.processing import PreparedRow
 
 #: An odd number near 2^64 / golden ratio: a multiplication by it spreads keys over the high bits (Knuth 6.4).
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+SPREAD = 0x9E3779B97F4A7C15
+_SPREAD = np.uint64(SPREAD)
 _HALF = np.uint64(32)
 #: Tags above the 32 bits of a CRC keep word keys apart from each other and from n-grams of up to 5 bytes.
 _WORD, _PAIR, _SKIP = 1 << 56, 2 << 56, 3 << 56
@@ -74,7 +75,7 @@ class NgramFeaturiser:
         used = min(len(heads), self.slots)
         keys = np.empty(self.slots, np.uint64)
         keys[:used] = heads[:used]
-        # Every position's next eight bytes as one integer: a view with a stride of one byte, no copy.
+        # The eight bytes from each position on as one integer: a view with a stride of one byte, without a copy.
         line = b" " + b" ".join(words) + b" "
         windows: NDArray[np.uint64] = np.ndarray((len(line),), "<u8", line + bytes(8), 0, (1,))
         for n, mask in self._grams:

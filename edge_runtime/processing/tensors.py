@@ -1,4 +1,4 @@
-"""Numbers in, numbers out: serves any model whose inputs and outputs are numeric tensors, unchanged."""
+"""Numeric tensors in, numeric tensors out, unchanged: serves any model of such inputs and outputs."""
 
 import struct
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Tensors:
 
     @property
     def labels(self) -> None:
-        """None: numbers are no labels."""
+        """None: a tensor of numbers has no labels."""
 
     @property
     def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
@@ -62,7 +62,7 @@ class Tensors:
 
     @property
     def fusion_version(self) -> None:
-        """None: numbers carry no evidence that could be joined."""
+        """None: answers of two tiers are not fused."""
 
     def split(self, inputs: Sequence[Tensor]) -> list[Row]:
         """Return each row's arrays, in the order of the signature; they are views of the request's."""

@@ -1,4 +1,4 @@
-"""Commands to intents: one BYTES tensor of texts in, a label and a calibrated confidence for each out."""
+"""From texts to labels: one BYTES tensor of texts in, a label and a calibrated confidence for each text out."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from edge_runtime.core.messages import Answer, Array, InferReply, Signature, Ten
 from edge_runtime.core.protocol.replies import read_answer
 from edge_runtime.processing import Encoder, PreparedRow
 
-#: The output on request with which the two tiers join their evidence.
+#: The output on request that carries a tier's evidence, by which the answers of two tiers are fused.
 SCORES = "scores"
 SIGNATURE = Signature(
     inputs=(TensorSpec("text", "BYTES", (-1,)),),
@@ -24,7 +24,7 @@ SIGNATURE = Signature(
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """How answers of this model are fused with those of the cloud's version `cloud_version`."""
+    """How answers of this model are fused with those of the cloud's model in version `cloud_version`."""
 
     cloud_version: str
     pooling: Pooling
@@ -32,13 +32,14 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Logits -> probability of being right: softmax at `temperature`, its largest value through the knots.
+    """Maps logits to the probability that the answer is right: softmax at `temperature`, then the knots.
 
-    With `out_of_scope`, the index of that label, the value is first multiplied by what this label leaves over:
-    a text that may belong to no label is then never kept as a sure one (96 in place of 92 of 100 such texts are
-    escalated with 15 % of the others, at the same accuracy of what is kept).
+    The raw score is the largest value of the softmax. With `out_of_scope`, the index of the label of texts that belong
+    to no other label, the score is multiplied by one minus the probability of that label, so that such a text is not
+    kept as a sure answer: of 100 such texts 96 instead of 92 are escalated, with 15 % of the other texts, at equal
+    accuracy of the kept answers.
 
-    `scores` rise and `chances` do not fall; between knots the map is linear, beyond them constant.
+    The knots map `scores`, which rise, to `chances`, which do not fall; linearly between knots, constant beyond them.
     """
 
     temperature: float
@@ -61,12 +62,12 @@ class Calibration:
         return score, shifted - np.log(total)
 
     def chance(self, score: float) -> float:
-        """Return the probability of being right for a probability the model claims."""
+        """Return the probability that an answer of this raw score is right."""
         if score <= self.scores[0]:
             return self.chances[0]
         if score >= self.scores[-1]:
             return self.chances[-1]
-        # As np.interp computes it, which takes eight times as long to turn the knots into arrays.
+        # As np.interp computes it; np.interp takes eight times as long, since it turns the knots into arrays.
         at = bisect_right(self.scores, score, 1, len(self.scores) - 1)
         left, low = self.scores[at - 1], self.chances[at - 1]
         return (self.chances[at] - low) / (self.scores[at] - left) * (score - left) + low
@@ -100,16 +101,31 @@ def texts_of(inputs: Sequence[Tensor], max_text_bytes: int) -> list[bytes]:
 
 
 class TextTask:
-    """What tasks on one BYTES tensor of texts share: rows are UTF-8 texts, and a label is among the answers."""
+    """What tasks on texts share: a row is a UTF-8 text, and the first output is a label.
+
+    Answers of two tiers are not fused unless a subclass does it.
+    """
 
     def __init__(
-        self, featuriser: Encoder, labels: Sequence[str], *, version: str, max_text_bytes: int
+        self,
+        signature: Signature,
+        featuriser: Encoder,
+        labels: Sequence[str],
+        *,
+        version: str,
+        max_text_bytes: int,
     ) -> None:
+        self._signature = signature
         self._featuriser = featuriser
         self._labels = tuple(label.encode("utf-8") for label in labels)
         self._known = frozenset(self._labels)
         self._version = version
         self._max_text_bytes = max_text_bytes
+
+    @property
+    def signature(self) -> Signature:
+        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32` and what the task adds."""
+        return self._signature
 
     @property
     def version(self) -> str:
@@ -125,6 +141,11 @@ class TextTask:
     def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
         """Those of the featuriser."""
         return self._featuriser.input_dtypes
+
+    @property
+    def fusion_version(self) -> str | None:
+        """None: answers of two tiers are not fused."""
+        return None
 
     def split(self, inputs: Sequence[Tensor]) -> list[bytes]:
         """Return each text's exact UTF-8 bytes; see `Processor.split`."""
@@ -146,16 +167,23 @@ class TextTask:
         """Return `text [1] BYTES`."""
         return (Tensor("text", "BYTES", (1,), (question,)),)
 
-    def read_from(self, signature: Signature, reply: InferReply, *, with_extras: bool) -> Answer:
-        """Read a reply of one row by `signature`; its first output must be one of the labels (InvalidRequest)."""
-        answer = read_answer(signature, reply, "confidence", with_extras=with_extras)
+    def read(self, reply: InferReply, *, with_extras: bool) -> Answer:
+        """Read a reply of one row; its first output must be one of the labels. See `Processor.read`."""
+        answer = read_answer(self._signature, reply, "confidence", with_extras=with_extras)
         if answer.values[0] not in self._known:
             raise InvalidRequest("The cloud answered with a label this device does not know.")
         return answer
 
+    def fuse(self, edge: Answer, cloud: Answer) -> Answer:  # noqa: ARG002 - see `fusion_version`
+        """Return the cloud's answer."""
+        return cloud
+
 
 class TextClassification(TextTask):
-    """Splits requests into texts, encodes them, and reads logits `[labels]` as an answer."""
+    """Splits requests into texts, encodes them, and reads logits `[labels]` as an answer.
+
+    On request an answer has `scores [n, labels] FP32`: log-probabilities in the order of the labels.
+    """
 
     def __init__(
         self,
@@ -167,18 +195,10 @@ class TextClassification(TextTask):
         max_text_bytes: int,
         fusion: Fusion | None = None,
     ) -> None:
-        super().__init__(featuriser, labels, version=version, max_text_bytes=max_text_bytes)
+        signature = replace(SIGNATURE, on_request=(TensorSpec(SCORES, "FP32", (-1, len(labels))),))
+        super().__init__(signature, featuriser, labels, version=version, max_text_bytes=max_text_bytes)
         self._calibration = calibration
         self._fusion = fusion
-        self._signature = replace(SIGNATURE, on_request=(TensorSpec(SCORES, "FP32", (-1, len(labels))),))
-
-    @property
-    def signature(self) -> Signature:
-        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`; on request `scores [n, labels] FP32`.
-
-        The scores are log-probabilities in the order of the labels.
-        """
-        return self._signature
 
     @property
     def model_outputs(self) -> tuple[TensorSpec, ...]:
@@ -200,10 +220,6 @@ class TextClassification(TextTask):
         raw, scores = self._calibration.read(logits, best)
         confidence = self._calibration.chance(raw)
         return Answer((self._labels[best], np.float32(confidence)), confidence, (scores,), raw)
-
-    def read(self, reply: InferReply, *, with_extras: bool) -> Answer:
-        """Read a reply of one row; see `Processor.read`."""
-        return self.read_from(self._signature, reply, with_extras=with_extras)
 
     def fuse(self, edge: Answer, cloud: Answer) -> Answer:
         """Pool both tiers' log-probabilities; see `Processor.fuse`."""

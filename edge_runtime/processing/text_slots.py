@@ -8,10 +8,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.core.messages import Answer, Array, InferReply, Signature, TensorSpec
+from edge_runtime.core.messages import Answer, Array, Signature, TensorSpec
 from edge_runtime.processing.text_classification import Calibration, TextTask
 from edge_runtime.processing.words import WordFeaturiser, Words
 
+#: The slots of a text are a JSON list; see `TextSlots.decode_batch`.
 SIGNATURE = Signature(
     inputs=(TensorSpec("text", "BYTES", (-1,)),),
     outputs=(
@@ -22,7 +23,7 @@ SIGNATURE = Signature(
 )
 OUTSIDE = 0
 Reals = NDArray[np.floating[Any]]
-#: exp of it and of its negative is a normal number in FP32, and so are the sums of a thousand such.
+#: The exponentials of this and of its negative are normal numbers in FP32, and so is the sum of a thousand of them.
 _REACH = 80.0
 _encode = msgspec.json.Encoder().encode
 
@@ -30,7 +31,7 @@ _encode = msgspec.json.Encoder().encode
 class TextSlots(TextTask):
     """Splits requests into texts, encodes their words, and reads logits `[labels]` and `[words, tags]`.
 
-    Tag 0 is outside of any slot, 2k + 1 begins a value of slot k and 2k + 2 goes on with it.
+    Tag 0 is outside of any slot, 2k + 1 begins a value of slot k and 2k + 2 continues it.
     """
 
     def __init__(
@@ -43,15 +44,10 @@ class TextSlots(TextTask):
         version: str,
         max_text_bytes: int,
     ) -> None:
-        """`calibration` maps the probability of intent and all tags together to that of a wholly right answer."""
-        super().__init__(featuriser, labels, version=version, max_text_bytes=max_text_bytes)
+        """`calibration` maps the joint probability of the intent and all tags to that of a wholly right answer."""
+        super().__init__(SIGNATURE, featuriser, labels, version=version, max_text_bytes=max_text_bytes)
         self._slots = tuple(slots)
         self._calibration = calibration
-
-    @property
-    def signature(self) -> Signature:
-        """`text [n] BYTES` -> `intent [n] BYTES`, `confidence [n] FP32`, `slots [n] BYTES`."""
-        return SIGNATURE
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -65,10 +61,6 @@ class TextSlots(TextTask):
             TensorSpec("logits", "FP32", (-1, len(self._labels))),
             TensorSpec("tags", "FP32", (-1, -1, 2 * len(self._slots) + 1)),
         )
-
-    @property
-    def fusion_version(self) -> None:
-        """None: slots of two tiers are not joined."""
 
     def decode_batch(self, outputs: Sequence[Array], batch: Sequence[Words]) -> list[Answer]:
         """Return intent, confidence and slots from logits `[rows, labels]` and `[rows, words, tags] FP32`.
@@ -106,19 +98,11 @@ class TextSlots(TextTask):
         label = self._labels[of_intents.index(top)]
         return Answer((label, np.float32(confidence), _encode(found)), confidence, raw_score=raw)
 
-    def read(self, reply: InferReply, *, with_extras: bool) -> Answer:
-        """Read a reply of one row; see `Processor.read`."""
-        return self.read_from(SIGNATURE, reply, with_extras=with_extras)
-
-    def fuse(self, edge: Answer, cloud: Answer) -> Answer:  # noqa: ARG002 - see `fusion_version`
-        """Return the cloud's answer."""
-        return cloud
-
 
 def chances_of(logits: Reals, path: Sequence[int], temperature: float) -> list[float]:
-    """The value of one choice in each row of the softmax of `[n, choices] FP32` at `temperature`."""
+    """The softmax of `[n, choices] FP32` at `temperature`, read at one choice in each row: that of `path`."""
     tops = [logits.item(at, top) for at, top in enumerate(logits.argmax(1).tolist())]
-    # Taking each row's largest value away is most of the time, and needed only where exp would leave FP32.
+    # To subtract the largest value of each row takes most of the time; it is needed only where exp would leave FP32.
     if any(not -_REACH < top / temperature < _REACH for top in tops):
         logits = logits - np.array(tops, logits.dtype)[:, None]
     shares = np.exp(logits * np.float32(1 / temperature))
@@ -129,7 +113,7 @@ def chances_of(logits: Reals, path: Sequence[int], temperature: float) -> list[f
 
 
 def best_path(tags: Reals) -> list[int]:
-    """Return the best sequence of `[words, tags] FP32` in which a value goes on only after it began."""
+    """Return the best sequence of `[words, tags] FP32` in which a value continues only after it began."""
     greedy: list[int] = tags.argmax(1).tolist() if len(tags) else []
     before = OUTSIDE
     for tag in greedy:
@@ -140,7 +124,7 @@ def best_path(tags: Reals) -> list[int]:
 
 
 def _viterbi(tags: Reals) -> list[int]:
-    """Viterbi's algorithm (1967) where all allowed steps cost the same: two candidates per tag are enough."""
+    """Viterbi's algorithm (1967). All allowed steps cost the same, so two candidates for each tag are enough."""
     count = tags.shape[1]
     begins, inside = np.arange(1, count, 2), np.arange(2, count, 2)
     score = tags[0].copy()
@@ -158,7 +142,7 @@ def _viterbi(tags: Reals) -> list[int]:
 
 
 def spans_of(path: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return (slot, first word, end word) of each value in a sequence of tags in which none goes on unbegun."""
+    """Return (slot, first word, end word) of each value in a sequence of tags that `best_path` allows."""
     spans: list[tuple[int, int, int]] = []
     for at, tag in enumerate(path):
         if tag == OUTSIDE:

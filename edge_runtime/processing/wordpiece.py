@@ -1,4 +1,4 @@
-"""The only door to `tokenizers`: a text becomes word-piece ids, padded to one of a few lengths."""
+"""Word-piece ids of a text, padded to one of a few lengths. The only module that imports `tokenizers`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _DTYPES = (np.dtype(np.int64), np.dtype(np.int64))
 class WordpieceFeaturiser:
     """Turns texts into ids and mask of the first of `lengths` that holds them; longer texts are cut.
 
-    Few lengths mean few lanes: rows padded alike share a batch.
+    Rows of equal length share a batch, so few lengths mean full batches.
     """
 
     def __init__(self, tokenizer: bytes, *, lengths: tuple[int, ...], pad: int) -> None:

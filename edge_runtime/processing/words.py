@@ -1,4 +1,4 @@
-"""Words of a text with their places, and hashed features of each word: no vocabulary, no state that shows.
+"""Words of a text with their places, and hashed features of each word. There is no vocabulary.
 
 Words are runs of letters and digits; every other visible character is a word of its own. A word is described by
 itself, its shape and its character n-grams, each hashed into one table as `ngrams` does.
@@ -15,17 +15,17 @@ import numpy as np
 
 from edge_runtime.core.messages import Array
 from edge_runtime.processing import PreparedRow
+from edge_runtime.processing.ngrams import SPREAD
 
 #: Splits "tobymac's" into three, so that a value never begins or ends inside a word.
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
-#: As in `ngrams`: one multiplication spreads keys over the table.
-_SPREAD, _LOW = 0x9E3779B97F4A7C15, (1 << 64) - 1
+_LOW = (1 << 64) - 1
 #: Tags above the 32 bits of a CRC and the 40 bits of the longest n-gram keep the kinds of keys apart.
 _EXACT, _SHAPE = 1 << 56, 2 << 56
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
-#: What is looked at of a word: longer ones are no words, and would fill the memo.
+#: Bytes of a word that are looked at: longer ones are not words, and would fill the memo.
 _LONGEST_WORD = 40
-#: Words whose indices are kept, about 200 bytes each: most words of a command have been seen lately.
+#: Words whose indices are kept, about 200 bytes each: most words of a command were in another one shortly before.
 _MEMO = 4096
 _DTYPES = (np.dtype(np.int32),)
 
@@ -50,8 +50,8 @@ def places_of(text: str, limit: int) -> list[tuple[int, int]]:
 class WordFeaturiser:
     """Turns words into `features` indices each below `buckets`; unused ones hold `buckets`, the pad index.
 
-    A row has as many words as the next of `lengths`; words beyond the longest are left out. The first index
-    of a word is never padding, that of no word always is.
+    A row is padded to the next of `lengths`; words beyond the longest are left out. The first index of a word is never
+    the pad index, and that of a padded place always is.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class WordFeaturiser:
         for n in self._grams:
             keys += [read(line[i : i + n], "little") for i in range(len(line) - n + 1)]
         del keys[self.features :]
-        indices = array("i", [((key * _SPREAD & _LOW) >> 32) * self.buckets >> 32 for key in keys])
+        indices = array("i", [((key * SPREAD & _LOW) >> 32) * self.buckets >> 32 for key in keys])
         return indices.tobytes() + self._padding[4 * len(keys) :]
 
 
 def _shape(word: str) -> int:
-    """A small number for how a word is written: its case, or how many digits it has, or neither."""
+    """A small number for how a word is written: by its case, or by its number of digits."""
     if word.isdigit():
         return 16 + min(len(word), 8)
     if word.islower():

@@ -37,7 +37,7 @@ from edge_runtime.core.escalation.decision import (
 from edge_runtime.core.messages import Answer, ModelInfo, Origin, Reason
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.processing import Processor, Question
-from edge_runtime.serving.model_runner import RowResult
+from edge_runtime.serving.in_flight import RowResult
 from edge_runtime.uplink.cloud_answer import Cloud, cloud_answer
 
 #: Reasons of outcomes that the cloud gave.

@@ -1,35 +1,49 @@
-"""The asyncio driver of one model: scheduler + processor + engines, shared by both tiers.
+"""Runs the rows of one model in batches, on asyncio: scheduler + processor + engines. Both tiers use it unchanged.
 
-Everything submitted in one turn of the event loop is queued before the scheduler is asked once, so concurrent
-callers share a batch without any window. A model faster than a thread hop runs on the loop itself; any other in a
-thread for each of its engines. What goes wrong in a batch ends that batch alone and is counted.
+Rows that are submitted in one turn of the event loop are queued before the scheduler is asked once, so concurrent
+callers share a batch without any window. The scheduler decides; the supervisor has the engines and their threads. A
+batch that fails ends its own rows alone, and is counted.
 
-Ownership: a member is one row between its admission and its result. It belongs to this runner, in `_members`,
-under the id the scheduler knows; `_settle` takes it out, whatever happened, and nothing else does. A request has
-one future and as many members as rows; the future is set when the last member is settled.
+Ownership: a member is one row between its admission and its result. It belongs to the runner, in `_members`, under
+the id that the scheduler knows. `_settle` and `_forget` take it out, and nothing else does. A request has one
+future and as many members as rows; the future is set when its last member is settled.
 
 Interleavings that the code guards against:
-- A caller is cancelled while its row runs. The row keeps its place in the batch, so that its neighbours notice
-  nothing, and its result finds no member any more (`_settle` of an unknown id does nothing).
-- A caller is cancelled in the same turn in which its future was set. `_forget` then finds no members.
-- A batch hangs and its engine returns much later. Its members were settled long before; only what it holds in the
-  engine is released.
+
+- A caller is cancelled while its row runs. The row keeps its place in the batch, so that its batch-mates notice nothing.
+  When the batch ends, the id is no member any more, and `_settle` ignores its result.
+- A caller is cancelled in the turn of the event loop in which its future was set. `_forget` then finds no members.
+- A caller is cancelled, or the runner closes, while a request of many rows is submitted, which takes several turns. Its
+  first rows are forgotten or refused; the later ones meet a request that has an exception, or a scheduler that drains.
+- A batch hangs, and its engine returns much later. Its members were settled long before, and the supervisor reports the
+  batch done; what it holds in the engine is released.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused, refusal
-from edge_runtime.core.messages import Answer, LatencyProfile, ModelStatistics, Row, Shapes
+from edge_runtime.core.errors import EngineFailed, RefusalKind, refusal
+from edge_runtime.core.messages import Answer, LatencyProfile, ModelStatistics, Shapes
 from edge_runtime.core.scheduling.scheduler import NORMAL, Dispatch, QueueLimits, Refuse, Scheduler
 from edge_runtime.core.scheduling.windows import Policy
-from edge_runtime.engines import StepEngine
-from edge_runtime.processing import Processor, Question, encode_rows
-from edge_runtime.serving.batch_run import BatchRun, Miscounted, StepMember, StepRun, run_batch, run_step
+from edge_runtime.processing import Processor, Question
+from edge_runtime.serving.batch_run import BatchRun, Miscounted, row_failed, run_batch
+from edge_runtime.serving.in_flight import (
+    AnswerStream,
+    Member,
+    OnRow,
+    Request,
+    RowResult,
+    Served,
+    StepSequence,
+    first_error,
+)
+from edge_runtime.serving.sequences import Sequences, with_open_states
+from edge_runtime.serving.step_run import StepRun
 from edge_runtime.serving.supervision import AnyEngine, Supervisor
 
 _log = logging.getLogger(__name__)
@@ -42,84 +56,9 @@ INLINE_LIMIT_NS = 200_000
 _TICK_NS = 1_000_000
 #: Rows of one request are submitted for at most this long before others have the event loop for a turn.
 _SUBMIT_NS = 2_000_000
-#: Answers of a stream that may wait for its reader; at the mark the member stops until half of them are read.
-STREAM_HIGH_WATER = 16
 
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """An answer and where its time went, in nanoseconds."""
-
-    answer: Answer
-    queue_ns: int
-    infer_ns: int
-    batch_rows: int
-
-
-#: What one row came to. Errors are values: a request's rows fail each on its own.
-RowResult = Served | Refused | EngineFailed
-
-
-@dataclass(slots=True)
-class _Request:
-    """One call: its rows' results by index, and the future that is set with the last of them."""
-
-    results: list[RowResult | None]
-    open_rows: int
-    done: "asyncio.Future[None]"
-    ids: list[int] = field(default_factory=list)
-    on_row: "Callable[[int, RowResult], None] | None" = None
-    is_all_or_nothing: bool = False
-
-
-@dataclass(slots=True)
-class _Member:
-    """One admitted row."""
-
-    request: _Request
-    index: int
-    data: Any  # what the processor encodes and decodes from
-    submitted_ns: int
-    sequence: "_Sequence | None" = None  # of a member that runs in steps
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """What a member in steps has beside: where its state lies, the input of its next step, its reader."""
-
-    row: Row
-    size_bytes: int
-    deadline_ns: int | None
-    tenant: str
-    priority: int
-    home: StepEngine | None = None  # the engine that holds the state under `handle`
-    handle: int | None = None
-    stream: "_Stream | None" = None
-    is_paused: bool = False
-
-
-class _Stream:
-    """Answers between a member and its reader, with a high-water mark."""
-
-    def __init__(self, resume: Callable[[], None]) -> None:
-        self._resume = resume
-        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the member must stop until the reader has caught up."""
-        return self._answers.qsize() >= STREAM_HIGH_WATER
-
-    def put(self, answer: Answer | None) -> None:
-        """Add an answer, or None at the end."""
-        self._answers.put_nowait(answer)
-
-    async def get(self) -> Answer | None:
-        """Take the next answer; None at the end."""
-        answer = await self._answers.get()
-        if self._answers.qsize() == STREAM_HIGH_WATER // 2:
-            self._resume()
-        return answer
+_FAILED = "The model failed on this request."
+_NOBODY: Mapping[int, Shapes] = {}
 
 
 class ModelRunner:
@@ -149,10 +88,12 @@ class ModelRunner:
         """
         limits = limits or QueueLimits()
         each = list(engines) if isinstance(engines, Sequence) else [engines]
-        if is_stepwise and (len(each), depth) != (1, 1):
-            raise ValueError(
-                "a model that runs in steps has one engine of depth 1: its state lies in that engine"
-            )
+        if is_stepwise:
+            if (len(each), depth) != (1, 1):
+                raise ValueError(
+                    "a model that runs in steps has one engine of depth 1: its state lies in that engine"
+                )
+            each[0], load_engine = with_open_states(each[0], load_engine)
         self.statistics = ModelStatistics()
         self._name, self._processor = name, processor
         self._scheduler = Scheduler(
@@ -165,13 +106,13 @@ class ModelRunner:
             name, each, self, is_inline=is_inline, hang_limit_s=hang_limit_s, load_engine=load_engine
         )
         self._loop = asyncio.get_running_loop()
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, Member] = {}
+        self._sequences = Sequences(self._members, processor, self._supervisor) if is_stepwise else None
         self._next_id = 0
         self._is_flush_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._is_stepwise = is_stepwise
         self._is_closed = False
 
     @property
@@ -193,14 +134,17 @@ class ModelRunner:
     async def run_timed(
         self, row: Question, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
     ) -> Served:
-        """Answer one row, batched with others that wait; of a step engine, the last of its outputs.
+        """Answer one row, batched with others that wait; of a step engine, the last of its answers.
 
         Raises Refused and EngineFailed. See `run_rows`.
         """
         (result,) = await self.run_rows([row], deadline_ns=deadline_ns, tenant=tenant, priority=priority)
         if isinstance(result, Served):
             return result
-        raise result
+        try:
+            raise result
+        finally:
+            del result  # its traceback holds this frame
 
     async def run_rows(
         self,
@@ -209,28 +153,34 @@ class ModelRunner:
         deadline_ns: int | None = None,
         tenant: str = "",
         priority: int = NORMAL,
-        on_row: Callable[[int, RowResult], None] | None = None,
+        on_row: OnRow | None = None,
         is_all_or_nothing: bool = False,
     ) -> list[RowResult]:
         """Answer the rows of one request, as the processor split them; return what each came to.
 
         `deadline_ns` is in `time.monotonic_ns` terms; `priority` is 0 (first) to 2. `on_row` is called with the
-        index and the result of each row as soon as it is known, and must not raise. With `is_all_or_nothing` the first
-        error is raised and the other rows are forgotten. A cancelled caller forgets its own rows alone.
+        index and the result of each row as soon as it is known, on the event loop; it must not wait. With
+        `is_all_or_nothing` the first error is raised and the other rows are forgotten. A cancelled caller forgets its
+        own rows alone.
         """
-        request = _Request(
-            [None] * len(rows), len(rows), self._loop.create_future(), on_row=on_row,
-            is_all_or_nothing=is_all_or_nothing,
-        )  # fmt: skip
+        request = self._request(len(rows), deadline_ns, tenant, priority)
+        request.on_row, request.is_all_or_nothing = on_row, is_all_or_nothing
         try:
-            turn_ns = time.monotonic_ns() + _SUBMIT_NS
+            turn_ends_ns = time.monotonic_ns() + _SUBMIT_NS
             for index, row in enumerate(rows):
-                now_ns = self._submit(request, index, row, deadline_ns, tenant, priority)
-                if now_ns > turn_ns:  # a thousand long texts must not hold the event loop
+                now_ns = self._submit(request, index, row)
+                if now_ns > turn_ends_ns:  # a thousand long texts must not hold the event loop
                     await asyncio.sleep(0)
-                    turn_ns = time.monotonic_ns() + _SUBMIT_NS
-            if request.open_rows or is_all_or_nothing:
+                    turn_ends_ns = time.monotonic_ns() + _SUBMIT_NS
+                if is_all_or_nothing and request.done.done():
+                    break
+            if request.open_rows:
                 await request.done
+            if is_all_or_nothing and (error := first_error(request.results)):
+                try:
+                    raise error
+                finally:
+                    del error
         except BaseException:
             self._forget(request)
             raise
@@ -239,22 +189,23 @@ class ModelRunner:
     async def stream(
         self, row: Question, *, deadline_ns: int | None = None, tenant: str = "", priority: int = NORMAL
     ) -> AsyncIterator[Answer]:
-        """Yield what each step of a step engine says of one row.
+        """Yield what each step of a step engine says of one row; of another engine, its one answer.
 
-        A reader that stops listening frees the member. A slow reader stops its own member alone: at
-        STREAM_HIGH_WATER unread answers it takes part in no further step until half of them are read.
-        Raises Refused and EngineFailed, after the answers that came before.
+        A reader that stops listening frees the member. A slow reader pauses its own member alone: at
+        STREAM_HIGH_WATER unread answers the member takes part in no further step until half of them are read. Raises
+        Refused and EngineFailed, after the answers that came before.
         """
-        request = _Request([None], 1, self._loop.create_future())
-        stream = _Stream(lambda: self._resume(request))
-        request.on_row = lambda _index, _result: stream.put(None)
+        request = self._request(1, deadline_ns, tenant, priority)
+        stream = AnswerStream(lambda: self._resume(request.ids[0]))
         try:
-            self._submit(request, 0, row, deadline_ns, tenant, priority, stream)
+            self._submit(request, 0, row, stream)
             while (answer := await stream.get()) is not None:
                 yield answer
-            (result,) = request.results
-            if isinstance(result, Refused | EngineFailed):
-                raise result
+            if error := first_error(request.results):
+                try:
+                    raise error
+                finally:
+                    del error
         finally:
             self._forget(request)
 
@@ -264,7 +215,7 @@ class ModelRunner:
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Fail what is left, then free each engine once it is not running. Idempotent."""
+        """Refuse what is left as draining, then free each engine once it is not running. Idempotent."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -278,59 +229,46 @@ class ModelRunner:
 
     # Admission
 
-    def _submit(
-        self,
-        request: _Request,
-        index: int,
-        row: Question,
-        deadline_ns: int | None,
-        tenant: str,
-        priority: int,
-        stream: _Stream | None = None,
-    ) -> int:
-        """Queue one row, or settle it as refused; return the time."""
+    def _request(self, rows: int, deadline_ns: int | None, tenant: str, priority: int) -> Request:
+        return Request(
+            [None] * rows, self._loop.create_future(), deadline_ns, tenant, priority, open_rows=rows
+        )
+
+    def _submit(self, request: Request, index: int, row: Question, stream: AnswerStream | None = None) -> int:
+        """Queue one row, or settle it at once; return the time."""
         started_ns = time.monotonic_ns()
-        shapes, size_bytes, data = self._processor.prepare(row)
-        now_ns = time.monotonic_ns()
-        self.statistics.compute_input.add(now_ns - started_ns, 0)  # counted once, where the row is encoded
-        sequence = None
-        if self._is_stepwise:
-            (first,) = encode_rows(self._processor, [row])
-            sequence = _Sequence(first, size_bytes, deadline_ns, tenant, priority, stream=stream)
         request_id = self._next_id
         self._next_id += 1
-        self._members[request_id] = _Member(request, index, data, now_ns, sequence)
+        member = self._members[request_id] = Member(request, index, None, started_ns)
         request.ids.append(request_id)
-        self._enqueue(now_ns, request_id, shapes, size_bytes, deadline_ns, tenant, priority)
-        return now_ns
-
-    def _enqueue(
-        self,
-        now_ns: int,
-        request_id: int,
-        shapes: Shapes,
-        size_bytes: int,
-        deadline_ns: int | None,
-        tenant: str,
-        priority: int,
-    ) -> None:
+        self._idle.clear()
+        if self._sequences is not None or stream is not None:
+            member.sequence = StepSequence(stream)
+        try:
+            shapes, size_bytes, member.data = self._processor.prepare(row)
+        except Exception as error:  # noqa: BLE001 - a processor may raise anything on one bad row
+            self._settle(request_id, row_failed("The row could not be prepared", error))
+            return started_ns
+        now_ns = member.submitted_ns = time.monotonic_ns()
+        self.statistics.compute_input.add(now_ns - started_ns, 0)  # the row is counted where it is encoded
         refused = self._scheduler.submit(
             now_ns, request_id, shapes,
-            size_bytes=size_bytes, deadline_ns=deadline_ns, tenant=tenant, priority=priority,
+            size_bytes=size_bytes, deadline_ns=request.deadline_ns,
+            tenant=request.tenant, priority=request.priority,
         )  # fmt: skip
-        self._idle.clear()
-        if refused is not None:
-            self._settle(request_id, self._refusal(refused))
-        else:
+        if refused is None:
             self._flush_soon()
+        else:
+            self._refuse(refused)
+        return now_ns
 
-    def _refusal(self, refused: Refuse) -> Refused:
+    def _refuse(self, refused: Refuse) -> None:
         kind, counts = refused.kind, self.statistics.refused
         counts[kind.value] = counts.get(kind.value, 0) + 1
-        return refusal(kind, refused.retry_after_ns)
+        self._settle(refused.id, refusal(kind, refused.retry_after_ns))
 
-    def _forget(self, request: _Request) -> None:
-        """Take the rows of a request out that are not settled: its caller has gone."""
+    def _forget(self, request: Request) -> None:
+        """Take out the rows of a request that are not settled: its caller has gone."""
         for request_id in request.ids:
             member = self._members.pop(request_id, None)
             if member is not None:
@@ -339,22 +277,30 @@ class ModelRunner:
         if not self._members:
             self._idle.set()
 
+    def _release(self, member: Member) -> None:
+        if self._sequences is not None and member.sequence is not None:
+            self._sequences.release(member.sequence)
+
+    def _resume(self, request_id: int) -> None:
+        """Let a member that paused for its reader take part in steps again."""
+        member = self._members.get(request_id)
+        sequence = None if member is None else member.sequence
+        if sequence is None or not sequence.is_paused:
+            return
+        assert sequence.next_step is not None, "a member pauses between two steps"
+        sequence.is_paused = False
+        self._scheduler.resume(time.monotonic_ns(), request_id, sequence.next_step.shapes)
+        self._flush_soon()
+
     def _settle(self, request_id: int, result: RowResult) -> None:
         """Take a row out with its result; nothing where its caller has gone."""
         member = self._members.pop(request_id, None)
         if member is None:
             return
-        self._release(member)
-        request = member.request
-        request.results[member.index] = result
-        request.open_rows -= 1
-        if request.on_row is not None:
-            request.on_row(member.index, result)
-        if not request.done.done():
-            if request.is_all_or_nothing and not isinstance(result, Served):
-                request.done.set_exception(result)
-            elif not request.open_rows:
-                request.done.set_result(None)
+        member.request.settle(member.index, result)
+        if member.sequence is not None:
+            self._release(member)
+            member.sequence.end(result.answer if isinstance(result, Served) else None)
         if not self._members:
             self._idle.set()
 
@@ -366,93 +312,82 @@ class ModelRunner:
             self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Start what the scheduler says, then set the one timer it needs.
+        """Start what the scheduler says, a bounded number of batches, then set the one timer it needs.
 
-        Inline, one round of batches is a turn of the event loop: sockets, timers and other models have theirs
-        before the next round, however long the queue or a sequence of steps is.
+        Inline that is one batch. If more could start, the next turn of the event loop does it: sockets, timers and other
+        models have theirs before, however long the queue or a sequence of steps is.
         """
         self._is_flush_due = False
         if self._is_closed:
             return
-        while actions := self._scheduler.poll(time.monotonic_ns()):
-            for action in actions:
-                if isinstance(action, Refuse):
-                    self._settle(action.id, self._refusal(action))
-                else:
-                    self._start(action)
-            if self.is_inline and self._scheduler.waiting:
-                self._flush_soon()
-                break
-        self._set_timer()
-
-    def _set_timer(self) -> None:
+        now_ns = time.monotonic_ns()
+        for action in self._scheduler.poll(now_ns):
+            if isinstance(action, Refuse):
+                self._refuse(action)
+            else:
+                self._start(action)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         wakeup_ns = self._scheduler.next_wakeup_ns()
-        if wakeup_ns is not None:
+        if wakeup_ns is None:
+            return
+        if wakeup_ns <= now_ns:
+            self._flush_soon()
+        else:
             delay_s = max(0, wakeup_ns - time.monotonic_ns()) / 1e9
             self._timer = self._loop.call_later(delay_s, self._flush_soon)
 
     def _start(self, batch: Dispatch) -> None:
-        processor = self._processor
-        if self._is_stepwise:
-            members = self._step_members(batch)
-            self._supervisor.start(batch, lambda engine: run_step(engine, processor, members))
+        if self._sequences is not None:
+            self._supervisor.start(batch, self._sequences.work(batch))
             return
-        data = [self._members[request_id].data for request_id in batch.ids]
+        processor = self._processor
         shapes: Any = batch.lane
+        data = [self._members[request_id].data for request_id in batch.ids]
         self._supervisor.start(batch, lambda engine: run_batch(engine, processor, shapes, data))
 
     # What the supervisor reports
 
     def batch_finished(self, batch: Dispatch, result: BatchRun | StepRun) -> None:
         """Hand out what a batch returned, and report it done."""
+        staying: Mapping[int, Shapes] = _NOBODY
+        paused: Collection[int] = ()
+        if isinstance(result, StepRun) and self._sequences is not None:
+            staying, paused = self._sequences.advance(batch, result)
         run = result.run if isinstance(result, StepRun) else result
-        rows, statistics = len(batch.ids), self.statistics
-        infer_ns = run.inferred_ns - run.encoded_ns
-        statistics.executions += 1
-        statistics.compute_input.add(run.encoded_ns - run.started_ns, rows)
-        statistics.compute_infer.add(infer_ns, rows)
-        statistics.compute_output.add(run.ended_ns - run.inferred_ns, rows)
-        statistics.batch_sizes[rows] = statistics.batch_sizes.get(rows, 0) + 1
-        if isinstance(result, StepRun):
-            self._keep_handles(batch, result)
-        staying: dict[int, Shapes] = {}
-        for i, (request_id, outcome) in enumerate(zip(batch.ids, run.results, strict=True)):
+        rows, infer_ns = len(batch.ids), run.inferred_ns - run.encoded_ns
+        self._count(run, rows)
+        for request_id, outcome in zip(batch.ids, run.results, strict=True):
             member = self._members.get(request_id)
             if member is None:
                 continue
             queue_ns = run.started_ns - member.submitted_ns
-            statistics.queue.add(queue_ns)
+            self.statistics.queue.add(queue_ns)
             if isinstance(outcome, EngineFailed):
                 _log.error("model=%s event=row_failed error=%r", self._name, outcome.__cause__ or outcome)
                 self._settle(request_id, outcome)
-            elif run.following and (following := run.following[i]) is not None:
-                if self._goes_on(member, outcome, following):
-                    staying[request_id] = tuple([array.shape for array in following])
-            else:
-                if member.sequence is not None and member.sequence.stream is not None:
-                    member.sequence.stream.put(outcome)
+            elif request_id not in staying and request_id not in paused:
                 self._settle(request_id, Served(outcome, queue_ns, infer_ns, rows))
         self._scheduler.batch_done(
-            time.monotonic_ns(), batch.batch_id, run.ended_ns - run.started_ns, staying
+            time.monotonic_ns(), batch.batch_id, run.ended_ns - run.started_ns, staying, paused
         )
 
     def batch_failed(self, batch: Dispatch, error: BaseException, how: str) -> None:
         """Answer the callers of a batch that has no answers."""
         how = "miscounted" if isinstance(error, Miscounted) else how
-        _log.error("model=%s event=batch_failed rows=%d error=%r", self._name, len(batch.ids), error)
+        # As text: a record that a log handler keeps must not keep the frames of the batch.
+        _log.error("model=%s event=batch_failed rows=%d error=%s", self._name, len(batch.ids), repr(error))
         self.statistics.faults[how] = self.statistics.faults.get(how, 0) + 1
         for request_id in batch.ids:
             if request_id in self._members:
                 self.statistics.failures.add(time.monotonic_ns() - self._members[request_id].submitted_ns)
-            self._settle(request_id, EngineFailed("The model failed on this request."))
+            self._settle(request_id, EngineFailed(_FAILED))
 
     def batch_left(self, batch: Dispatch, result: BatchRun | StepRun | None = None) -> None:
-        """Report a failed batch done; what it holds in the engine is released."""
-        if isinstance(result, StepRun):
-            self._keep_handles(batch, result)
+        """Report a failed batch done. `result` is what a hung one returned; the states it opened are released."""
+        if isinstance(result, StepRun) and self._sequences is not None:
+            self._sequences.note_opened(batch, result)
         self._scheduler.batch_done(time.monotonic_ns(), batch.batch_id)
 
     def engine_down(self, engine: int) -> None:
@@ -460,87 +395,19 @@ class ModelRunner:
         self._scheduler.engine_down(engine)
 
     def engine_up(self, engine: int, *, is_new: bool) -> None:
-        """Hand the engine batches again; sequences whose state lay in the engine before it end as failed."""
+        """Hand the engine batches again. Sequences whose state lay in the engine before it end as failed."""
         if is_new:
             self.statistics.replaced += 1
             for request_id, member in list(self._members.items()):
-                if member.sequence is not None and member.sequence.home is not None:
+                if member.sequence is not None and member.sequence.handle is not None:
                     self._scheduler.cancel(request_id)
-                    self._settle(request_id, EngineFailed("The model failed on this request."))
+                    self._settle(request_id, EngineFailed(_FAILED))
         self._scheduler.engine_up(engine)
 
-    # Sequences
-
-    def _step_members(self, batch: Dispatch) -> list[StepMember]:
-        members = []
-        for request_id in batch.ids:
-            member = self._members[request_id]
-            assert member.sequence is not None
-            members.append(StepMember(member.sequence.handle, member.sequence.row, member.data))
-        return members
-
-    def _keep_handles(self, batch: Dispatch, result: StepRun) -> None:
-        """Note where the state of new members lies; release that of members whose callers went during the step.
-
-        A member that had a handle before the step was released by `_forget`, with the caller.
-        """
-        engine: Any = self._supervisor.engine(batch.engine)
-        for i, handle in result.opened.items():
-            member = self._members.get(batch.ids[i])
-            if member is not None and member.sequence is not None:
-                member.sequence.home, member.sequence.handle = engine, handle
-            else:
-                self._release_handle(batch.engine, engine, handle)
-
-    def _goes_on(self, member: _Member, answer: Answer, following: Row) -> bool:
-        """Pass a partial answer on; return whether the member takes part in the next step."""
-        sequence = member.sequence
-        assert sequence is not None
-        sequence.row = following
-        if sequence.stream is None:
-            return True
-        sequence.stream.put(answer)
-        sequence.is_paused = sequence.stream.is_full
-        return not sequence.is_paused
-
-    def _resume(self, request: _Request) -> None:
-        """Let a member that waited for its reader take part in steps again."""
-        for request_id in request.ids:
-            member = self._members.get(request_id)
-            if member is None or member.sequence is None or not member.sequence.is_paused:
-                continue
-            sequence = member.sequence
-            sequence.is_paused = False
-            # The scheduler has seen this id leave, and takes no id twice.
-            del self._members[request_id]
-            again = self._next_id
-            self._next_id += 1
-            request.ids.append(again)
-            self._members[again] = member
-            shapes = tuple([array.shape for array in sequence.row])
-            now_ns = time.monotonic_ns()
-            self._enqueue(
-                now_ns,
-                again,
-                shapes,
-                sequence.size_bytes,
-                sequence.deadline_ns,
-                sequence.tenant,
-                sequence.priority,
-            )
-            return
-
-    def _release(self, member: _Member) -> None:
-        sequence = member.sequence
-        if sequence is not None and sequence.home is not None and sequence.handle is not None:
-            self._release_handle(0, sequence.home, sequence.handle)
-            sequence.handle = None
-
-    def _release_handle(self, index: int, engine: StepEngine, handle: int) -> None:
-        def release() -> None:
-            try:
-                engine.release(handle)
-            except Exception as error:  # noqa: BLE001 - whatever a model raises; nobody waits for this
-                _log.error("model=%s event=release_failed error=%r", self._name, error)
-
-        self._supervisor.call(index, engine, release)
+    def _count(self, run: BatchRun, rows: int) -> None:
+        statistics = self.statistics
+        statistics.executions += 1
+        statistics.compute_input.add(run.encoded_ns - run.started_ns, rows)
+        statistics.compute_infer.add(run.inferred_ns - run.encoded_ns, rows)
+        statistics.compute_output.add(run.ended_ns - run.inferred_ns, rows)
+        statistics.batch_sizes[rows] = statistics.batch_sizes.get(rows, 0) + 1

@@ -29,7 +29,7 @@ from edge_runtime.core.messages import Origin
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.processing import Question
 from edge_runtime.serving.cascade import Cascade, Pending, RequestContext
-from edge_runtime.serving.model_runner import RowResult
+from edge_runtime.serving.in_flight import RowResult
 from edge_runtime.serving.registry import Registry, ServedModel
 from edge_runtime.serving.single_flight import Flight, SingleFlight, Waiter
 

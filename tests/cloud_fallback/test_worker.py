@@ -16,7 +16,7 @@ from edge_runtime.mqtt.client import Broker, ConnectOptions
 from edge_runtime.mqtt.envelope import Message, unpack
 from edge_runtime.mqtt.fake import FakeBroker
 from edge_runtime.processing.tensors import Tensors
-from edge_runtime.serving.model_runner import Served
+from edge_runtime.serving.in_flight import Served
 from tests.virtual_time import run_virtual, settle
 
 REQ, RSP = "er/v1/home/d1/req/echo", "er/v1/home/d1/rsp"

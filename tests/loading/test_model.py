@@ -13,7 +13,7 @@ from edge_runtime.core.messages import Tensor
 from edge_runtime.engines import run_rows
 from edge_runtime.engines.fake import FakeEngine
 from edge_runtime.loading.model import load_model
-from edge_runtime.loading.prepare import difference_in_company
+from edge_runtime.loading.self_test import difference_in_company
 from edge_runtime.processing import decode_rows, encode_rows
 
 QUESTIONS = {

@@ -29,9 +29,10 @@ from edge_runtime.config import (
 from edge_runtime.core.errors import BundleError
 from edge_runtime.loading import sandbox
 from edge_runtime.loading.model import load_model
-from edge_runtime.loading.prepare import measure_latency_profile, prepare
+from edge_runtime.loading.prepare import prepare
 from edge_runtime.loading.quarantine import Quarantine
 from edge_runtime.loading.sandbox import Ended, Limits, SandboxedLoad
+from edge_runtime.loading.self_test import measure_latency_profile
 from edge_runtime.runtime import Runtime
 from tests.loading.hard_models import children, endless_loop, memory_bomb
 from tests.loading.test_model import DOUBLE, tensor_bundle

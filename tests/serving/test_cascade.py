@@ -14,7 +14,7 @@ from edge_runtime.core.messages import Answer, InferReply, ModelInfo, Origin, Re
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.serving import cascade as module
 from edge_runtime.serving.cascade import Cascade, LogLine, Pending, RequestContext
-from edge_runtime.serving.model_runner import Served
+from edge_runtime.serving.in_flight import Served
 from tests.serving.fakes import SIGNATURE, Named
 
 SECOND = 10**9

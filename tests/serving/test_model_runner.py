@@ -1,79 +1,21 @@
 """The asyncio driver with a fake engine: the ugly cases first."""
 
 import asyncio
+import contextlib
+import gc
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+import weakref
 
-import numpy as np
 import pytest
 
 from edge_runtime.core.errors import EngineFailed, RefusalKind, Refused
 from edge_runtime.core.messages import Answer
 from edge_runtime.core.scheduling.scheduler import QueueLimits
-from edge_runtime.engines import Step
-from edge_runtime.engines.fake import FakeBatch
-from edge_runtime.processing import PreparedRow
-from edge_runtime.serving import supervision
+from edge_runtime.serving import model_runner, supervision
+from edge_runtime.serving.in_flight import Served
 from edge_runtime.serving.model_runner import ModelRunner
-
-
-class Echo:
-    """A processor of texts whose answer is the text itself."""
-
-    signature = None
-    version = "1"
-
-    input_dtypes = (np.dtype(np.int64),)
-
-    def prepare(self, row):
-        return PreparedRow(((1,),), 8, int(row))
-
-    def encode_batch(self, batch, buffers):
-        buffers[0][:, 0] = batch
-
-    def decode_batch(self, outputs, batch):
-        return [Answer((str(number).encode(),), 1.0) for number in outputs[0][:, 0].tolist()]
-
-
-class Engine:
-    """Doubles its numbers; can wait for a gate, raise on a number, or lose a row."""
-
-    name, is_batch_invariant = "fake", True
-
-    def __init__(self, max_batch=8, *, poison=None, loses=False, gate=None):
-        self.max_batch, self.poison, self.loses, self.gate = max_batch, poison, loses, gate
-        self.batches, self.entered, self.closed = [], threading.Event(), False
-
-    def bind(self, shapes, rows):
-        return FakeBatch(shapes, rows, [np.int64])
-
-    def run(self, batch):
-        numbers = batch.inputs[0][:, 0].tolist()
-        self.batches.append(numbers)
-        self.entered.set()
-        if self.gate is not None:
-            assert self.gate.wait(20)
-        if self.poison in numbers:
-            raise ValueError("poisoned")
-        out = batch.inputs[0] * 2
-        return [out[:-1] if self.loses else out]
-
-    def close(self):
-        self.closed = True
-
-
-async def entered(engine):
-    with ThreadPoolExecutor(1) as pool:
-        await asyncio.get_running_loop().run_in_executor(pool, engine.entered.wait, 20)
-    engine.entered.clear()
-
-
-def run(scenario):
-    async def limited():
-        async with asyncio.timeout(20):
-            await scenario()
-
-    asyncio.run(limited())
+from tests.serving.runner_fakes import Echo, Engine, Watched, entered, run
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -137,7 +79,7 @@ def test_a_hung_engine_fails_its_batch_and_the_queue_meets_its_deadlines():
         lane = ModelRunner("m", Echo(), engine, is_inline=False, hang_limit_s=0.02)
         with pytest.raises(EngineFailed):
             await lane.run(b"1")
-        now_ns = __import__("time").monotonic_ns()
+        now_ns = time.monotonic_ns()
         with pytest.raises(Refused) as refused:
             await lane.run(b"2", deadline_ns=now_ns + 10_000_000)
         assert refused.value.kind is RefusalKind.LATE
@@ -262,58 +204,6 @@ def test_two_engines_run_two_batches_and_one_may_fail_alone():
     run(scenario)
 
 
-class Countdown:
-    """A step engine: each step says the number and goes on below it until 0."""
-
-    name, is_batch_invariant, max_batch = "fake", True, 3
-
-    def __init__(self):
-        self.steps, self.closed, self.opened, self.released = [], False, 0, []
-
-    def open(self, row):
-        self.opened += 1
-        return self.opened
-
-    def step(self, handles, rows):
-        assert not set(handles) & set(self.released)
-        self.steps.append([int(row[0][0]) for row in rows])
-        return [Step(row, (row[0] - 1,) if row[0][0] > 0 else None) for row in rows]
-
-    def release(self, handle):
-        self.released.append(handle)
-
-    def close(self):
-        self.closed = True
-
-
-@pytest.mark.parametrize("inline", [True, False])
-def test_members_of_a_step_lane_join_stream_and_leave_at_any_step(inline):
-    async def scenario():
-        engine = Countdown()
-        lane = ModelRunner("m", Echo(), engine, is_inline=inline, is_stepwise=True)
-
-        async def listen(start, until):
-            heard = []
-            stream = lane.stream(str(start).encode())
-            async for answer in stream:
-                heard.append(int(answer.values[0]))
-                if heard[-1] == until:
-                    await stream.aclose()
-            return heard
-
-        whole = asyncio.create_task(lane.run(b"6"))
-        streams = [asyncio.create_task(listen(*who)) for who in ((3, None), (9, 7), (2, None))]
-        assert [await task for task in streams] == [[3, 2, 1, 0], [9, 8, 7], [2, 1, 0]]
-        assert (await whole).values == (b"0",)
-        assert max(map(len, engine.steps)) == 3
-        assert any(6 > step[0] > 0 and 2 in step[1:] for step in engine.steps), "one joined a running group"
-        assert lane.waiting == 0
-        await lane.close()
-        assert sorted(engine.released) == [1, 2, 3, 4], "each state is freed exactly once"
-
-    run(scenario)
-
-
 def test_a_storm_of_disconnects_leaves_everybody_else_their_own_answers():
     async def scenario():
         gate = threading.Event()
@@ -374,5 +264,205 @@ def test_closing_tells_everybody_who_still_waits():
         with pytest.raises(Refused):
             await task
         gate.set()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_the_rows_of_one_request_fail_each_on_their_own(inline):
+    async def scenario():
+        lane = ModelRunner("m", Echo(), Engine(), is_inline=inline)
+        rows = [b"1", b"unprepared", b"2", b"no number", b"3", b"-1", b"4"]
+        results = await lane.run_rows(rows)
+        good = [result.answer.values[0] for result in results if isinstance(result, Served)]
+        assert good == [b"2", b"4", b"6", b"8"]
+        assert [i for i, result in enumerate(results) if isinstance(result, EngineFailed)] == [1, 3, 5]
+        assert await lane.run_rows([]) == []
+        await lane.close()
+
+    run(scenario)
+
+
+def test_a_request_has_one_future_however_many_rows_it_has():
+    async def scenario():
+        lane = ModelRunner("m", Echo(), Engine(), is_inline=True)
+        loop, made = asyncio.get_running_loop(), []
+        create = loop.create_future
+        loop.create_future = lambda: made.append(1) or create()
+        assert len(await lane.run_rows([b"1"] * 30)) == 30
+        assert len(made) == 1
+        await lane.close()
+
+    run(scenario)
+
+
+def test_each_row_is_told_once_in_the_order_of_the_batches_that_answer_it():
+    async def scenario():
+        gate = threading.Event()
+        engine = Engine(max_batch=2, gate=gate)
+        lane = ModelRunner("m", Echo(), engine, QueueLimits(2, 4))
+        told = []
+
+        def on_row(index, result):
+            told.append((index, type(result)))
+
+        request = asyncio.create_task(
+            lane.run_rows([b"1", b"no number", b"3", b"4", b"5", b"6", b"7"], on_row=on_row)
+        )
+        await asyncio.sleep(0)
+        assert told == [(4, Refused), (5, Refused), (6, Refused)], "the queue has room for four"
+        gate.set()
+        results = await request
+        assert told[3:] == [(0, Served), (1, EngineFailed), (2, Served), (3, Served)]
+        assert [type(result) for result in results] == [kind for _, kind in sorted(told, key=lambda t: t[0])]
+        await lane.close()
+
+    run(scenario)
+
+
+def test_a_callback_that_raises_hurts_neither_its_own_request_nor_others(caplog):
+    async def scenario():
+        def on_row(index, result):
+            raise ZeroDivisionError
+
+        lane = ModelRunner("m", Echo(), Engine(), is_inline=True)
+        mine, other = await asyncio.gather(lane.run_rows([b"1", b"2"], on_row=on_row), lane.run(b"3"))
+        assert [result.answer.values for result in mine] == [(b"2",), (b"4",)]
+        assert other.values == (b"6",)
+        assert caplog.text.count("event=row_callback_failed") == 2
+        await lane.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("rows", [[b"1", b"-1", b"2", b"3", b"4"], [b"unprepared", b"2"]])
+def test_all_or_nothing_raises_the_first_error_and_forgets_the_other_rows(rows):
+    async def scenario():
+        gate = threading.Event()
+        engine = Engine(max_batch=2, gate=gate)
+        lane = ModelRunner("m", Echo(), engine)
+        gate.set()
+        with pytest.raises(EngineFailed):
+            await lane.run_rows(rows, is_all_or_nothing=True)
+        await lane.drain()
+        assert lane.waiting == 0
+        assert sum(map(len, engine.batches)) <= 4, "rows that nobody waits for still run"
+        await lane.close()
+
+    run(scenario)
+
+
+def test_all_or_nothing_returns_all_where_all_are_well():
+    async def scenario():
+        lane = ModelRunner("m", Echo(), Engine(), is_inline=True)
+        results = await lane.run_rows([b"1", b"2"], is_all_or_nothing=True)
+        assert [result.answer.values for result in results] == [(b"2",), (b"4",)]
+        assert await lane.run_rows([], is_all_or_nothing=True) == []
+        await lane.close()
+
+    run(scenario)
+
+
+def test_all_or_nothing_that_is_refused_on_arrival_submits_no_further_row():
+    async def scenario():
+        engine = Engine(gate=threading.Event())
+        lane = ModelRunner("m", Echo(), engine, QueueLimits(8, 2))
+        with pytest.raises(Refused) as refused:
+            await lane.run_rows([b"1"] * 1000, is_all_or_nothing=True)
+        assert refused.value.kind is RefusalKind.FULL
+        assert lane.waiting == 0
+        assert lane.statistics.refused == {"full": 1}
+        engine.gate.set()
+        await lane.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_request_of_a_thousand_rows_is_cancelled_while_it_is_submitted(turns, monkeypatch):
+    async def scenario():
+        monkeypatch.setattr(model_runner, "_SUBMIT_NS", -1)  # each row is a turn of the event loop
+        gate = threading.Event()
+        engine = Engine(gate=gate)
+        lane = ModelRunner("m", Echo(), engine, QueueLimits(8, 2000))
+        request = asyncio.create_task(lane.run_rows([b"1"] * 1000))
+        other = asyncio.create_task(lane.run(b"9"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled()
+        gate.set()
+        assert (await other).values == (b"18",)
+        await lane.drain()
+        assert lane.waiting == 0
+        assert sum(map(len, engine.batches)) <= turns + 1
+        await lane.close()
+
+    run(scenario)
+
+
+def test_a_thousand_rows_are_submitted_in_several_turns_of_the_event_loop():
+    async def scenario():
+        class Slow(Echo):
+            def prepare(self, row):
+                begun_ns = time.monotonic_ns()
+                while time.monotonic_ns() < begun_ns + 100_000:
+                    pass
+                return super().prepare(row)
+
+        lane = ModelRunner("m", Slow(), Engine(), QueueLimits(8, 2000), is_inline=True)
+        request = asyncio.create_task(lane.run_rows([b"1"] * 200))
+        await asyncio.sleep(0)
+        turns = 0
+        while lane._next_id < 200:
+            await asyncio.sleep(0)
+            turns += 1
+        assert turns >= 5
+        assert all(isinstance(result, Served) for result in await request)
+        await lane.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_closing_while_a_request_is_submitted_answers_all_of_its_rows(turns, monkeypatch):
+    async def scenario():
+        monkeypatch.setattr(model_runner, "_SUBMIT_NS", -1)
+        lane = ModelRunner("m", Echo(), Engine(gate=threading.Event()), QueueLimits(8, 2000))
+        request = asyncio.create_task(lane.run_rows([b"1"] * 50))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await lane.close()
+        assert {result.kind for result in await request} == {RefusalKind.DRAINING}
+        lane._supervisor.engine(0).gate.set()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("row", [b"7", b"unprepared", b"no number", b"-1", b"5"])
+def test_what_a_request_held_is_free_when_it_ends_well_or_badly(row):
+    """Without the garbage collector: the daemon rarely runs it."""
+
+    async def scenario():
+        lane = ModelRunner("m", Echo(), Engine(poison=5), is_inline=True)
+
+        async def ask(data):
+            with contextlib.suppress(EngineFailed):
+                await lane.run(data)
+
+        data = Watched(row)
+        gone = weakref.ref(data)
+        gc.collect()
+        gc.disable()
+        try:
+            await ask(data)
+            del data
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert gone() is None
+        finally:
+            gc.enable()
+        await lane.close()
 
     run(scenario)

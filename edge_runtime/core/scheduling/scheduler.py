@@ -12,7 +12,7 @@ equal lanes may share a batch. Not thread-safe: one owner makes all calls.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,6 +128,7 @@ class Scheduler:
         )
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
+        self._paused: dict[int, Entry] = {}
         self._batches: dict[int, _Batch] = {}
         self._next_batch_id = 0
         self._is_draining = False
@@ -225,14 +226,14 @@ class Scheduler:
         return None
 
     def cancel(self, request_id: int) -> bool:
-        """Forget a waiting request and return True; return False if it has left the queue.
+        """Forget a waiting or paused request and return True; return False if it has left the queue.
 
         A running request keeps its place in its batch, so that its neighbours do not notice. The owner drops its result
         and leaves its id out of `staying`.
         """
         entry = self._waiting.get(request_id)
         if entry is None:
-            return False
+            return self._paused.pop(request_id, None) is not None
         self._remove(entry)
         return True
 
@@ -264,12 +265,14 @@ class Scheduler:
         batch_id: int,
         duration_ns: int | None = None,
         staying: Mapping[int, Hashable] = _NOBODY,
+        paused: Collection[int] = (),
     ) -> None:
         """Report that a dispatched batch has ended; its engine has room again. Then ask `poll` what to run.
 
         `duration_ns` teaches what batches cost; None if the batch failed. `staying` maps each member that needs another
         step to the lane of that step, which differs from the last one if its rows grow. Staying members are in the next
-        batch of their lane, before any newcomer.
+        batch of their lane, before any newcomer. Those of `paused` need another step too, but do not wait for it until
+        `resume`.
         """
         batch = self._batches.pop(batch_id)
         ratio = None
@@ -279,14 +282,21 @@ class Scheduler:
             ratio = batch.lane.costs.observe(len(batch.entries), duration_ns / speed)
         self._pool.end(batch.engine, ratio)
         self._forecast.refresh()
-        for entry in batch.entries if staying else ():
+        for entry in batch.entries if staying or paused else ():
             if entry.id in staying:
-                key = staying[entry.id]
-                lane = self._forecast.lanes.get(key) or self._forecast.new_lane(key)
-                self._requeue(now_ns, entry, lane)
-                lane.staying[entry.id] = None
+                self._stay(now_ns, entry, staying[entry.id])
+            elif entry.id in paused:
+                self._paused[entry.id] = entry
         self._window_ends_ns = None  # a poll is due
         batch.lane.running -= 1  # not before: a new lane above must not push this one out of the forecast
+
+    def resume(self, now_ns: int, request_id: int, lane: Hashable) -> None:
+        """Let a paused member wait for its next step, in `lane`. Then ask `poll` what to run.
+
+        It was admitted once, so no limit refuses it here, nor does `drain`; `poll` refuses it if its deadline has passed.
+        """
+        self._stay(now_ns, self._paused.pop(request_id), lane)
+        self._window_ends_ns = None  # a poll is due
 
     def engine_down(self, engine: int) -> None:
         """Dispatch nothing more to this engine. The batches that it has must still be reported with `batch_done`."""
@@ -355,6 +365,12 @@ class Scheduler:
         self._waiting_bytes += entry.size_bytes
         if entry.has_deadline:
             self._late_bound_ns = min(self._late_bound_ns, entry.key_ns)
+
+    def _stay(self, now_ns: int, entry: Entry, key: Hashable) -> None:
+        """Let a member wait for its next step, before any newcomer of its lane."""
+        lane = self._forecast.lanes.get(key) or self._forecast.new_lane(key)
+        self._requeue(now_ns, entry, lane)
+        lane.staying[entry.id] = None
 
     def _leave(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -470,7 +486,9 @@ class Scheduler:
 
     def _dispatch(self, now_ns: int, queue: Queue) -> list[Action]:
         pool, lane = self._pool, queue.lane
-        rows = lane.split.batch(lane.waiting)
+        # Newcomers join a sequence at its next step, whatever smaller batches would cost: the sequence may have a
+        # thousand steps, and they would wait for its end.
+        rows = self._limits.max_batch if lane.staying else lane.split.batch(lane.waiting)
         lane.is_filling = lane.waiting >= lane.split.most
         members = self._staying(lane) if lane.staying else []
         newcomers = self._newcomers(queue, rows - len(members))

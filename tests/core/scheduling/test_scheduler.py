@@ -465,6 +465,63 @@ def test_a_new_lane_of_one_member_does_not_cost_the_lane_of_another_what_it_lear
     assert scheduler.predicted_ns("x", 2) == 777
 
 
+def test_newcomers_join_a_sequence_although_two_small_batches_would_cost_less():
+    profile = ((1, MS), (2, 5 * MS), (4, 9 * MS), (8, 20 * MS))
+    scheduler = Scheduler(LIMITS, latency_profile=profile)
+    scheduler.submit(0, 0, "L")
+    (step,) = scheduler.poll(0)
+    scheduler.submit(1, 1, "L")
+    scheduler.batch_done(MS, step.batch_id, MS, staying={0: "L"})
+    (step,) = scheduler.poll(MS)
+    assert set(step.ids) == {0, 1}
+
+
+def test_a_paused_member_waits_for_nothing_until_it_is_resumed_and_is_then_refused_by_no_limit():
+    scheduler = Scheduler(QueueLimits(max_batch=2, max_waiting=1, tenant_max_waiting=1))
+    scheduler.submit(0, 1, "L", size_bytes=9)
+    (step,) = scheduler.poll(0)
+    scheduler.batch_done(1, step.batch_id, 1, paused=[1])
+    assert scheduler.poll(1) == []
+    assert (scheduler.waiting, scheduler.waiting_bytes, scheduler.next_wakeup_ns()) == (0, 0, None)
+    scheduler.submit(1, 2, "M")  # the queue is full, and so is the quota
+    scheduler.drain()
+    scheduler.resume(2, 1, "L")
+    assert (scheduler.waiting, scheduler.waiting_bytes) == (2, 9)
+    batches = {}
+    for now in (3, 5):
+        (step,) = scheduler.poll(now)
+        batches[step.lane] = step.ids
+        scheduler.batch_done(now + 1, step.batch_id, 1)
+    assert batches == {"L": (1,), "M": (2,)}
+
+
+def test_a_resumed_member_comes_before_newcomers_and_a_late_one_is_refused():
+    scheduler = Scheduler(QueueLimits(max_batch=1))
+    scheduler.submit(0, 1, "L")
+    (step,) = scheduler.poll(0)
+    scheduler.batch_done(1, step.batch_id, 1, paused=[1])
+    scheduler.submit(1, 2, "L", deadline_ns=50)
+    scheduler.resume(2, 1, "L")
+    assert scheduler.next_wakeup_ns() <= 2, "a poll is due"
+    (step,) = scheduler.poll(2)
+    assert step.ids == (1,)
+    scheduler.batch_done(3, step.batch_id, 1)
+    (step,) = scheduler.poll(3)
+    scheduler.batch_done(4, step.batch_id, 1, paused=[2])
+    scheduler.resume(60, 2, "L")
+    assert refused(scheduler.poll(60)) == {2: RefusalKind.LATE}
+
+
+def test_a_paused_member_can_be_cancelled_once():
+    scheduler = Scheduler(LIMITS)
+    batch = busy(scheduler)
+    scheduler.batch_done(1, batch, 1, paused=[0])
+    assert scheduler.cancel(0)
+    assert not scheduler.cancel(0)
+    with pytest.raises(KeyError):
+        scheduler.resume(2, 0, "L")
+
+
 def test_a_poll_returns_a_bounded_number_of_batches_and_the_next_one_is_due_at_once():
     scheduler = Scheduler(QueueLimits(max_batch=1), engines=[1] * 20)
     for request_id in range(20):
