@@ -1,10 +1,16 @@
 """Prometheus text from the running totals; nothing is counted twice and nothing happens before a scrape."""
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 
 from edge_runtime.caching.two_level import DiskStore
@@ -50,8 +56,8 @@ def _models(service: Service) -> Iterable[Metric]:
     for labels, count in service.counters.outcomes.items():
         rows.add_metric(labels, count)
     yield rows
+    yield from _requests(service)
     summaries = {
-        "requests": "End-to-end time of answered rows.",
         "failures": "Rows the model failed on.",
         "queue": "Time that rows waited for an engine.",
         "compute_input": "Time from raw input to tensors.",
@@ -86,6 +92,29 @@ def _models(service: Service) -> Iterable[Metric]:
     yield batches
     yield waiting
     yield from _troubles(service)
+
+
+def _requests(service: Service) -> Iterable[Metric]:
+    endings = CounterMetricFamily(
+        "edge_requests", "Requests, by the way in which they ended.", labels=["model", "ending"]
+    )
+    latency = HistogramMetricFamily(
+        "edge_requests_seconds", "End-to-end time of requests that were served.", labels=["model"]
+    )
+    for model, totals in service.counters.requests.items():
+        for ending, count in totals.endings.items():
+            endings.add_metric([model, ending], count)
+        buckets = [
+            ("+Inf" if limit == inf else str(limit), count) for limit, count in totals.latency.cumulative()
+        ]
+        latency.add_metric([model], buckets, totals.latency.total)
+    yield endings
+    yield latency
+    yield CounterMetricFamily(
+        "edge_requests_unknown_model",
+        "Requests for models that are not loaded.",
+        service.counters.unknown_model,
+    )
 
 
 def _troubles(service: Service) -> Iterable[Metric]:

@@ -1,7 +1,10 @@
 """The values that modules exchange: tensors, requests, answers, replies, model descriptions, statistics."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -192,12 +195,50 @@ class Duration:
         self.ns += ns
 
 
+class Histogram:
+    """Counts of values by the smallest limit that they do not exceed, with their sum: what Prometheus computes with."""
+
+    __slots__ = ("_counts", "_limits", "total")
+
+    def __init__(self, limits: Sequence[float]) -> None:
+        """`limits` rise; values above the last one are counted beyond it."""
+        self._limits = tuple(limits)
+        self._counts = [0] * (len(self._limits) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self._limits, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """Return (limit, how many values do not exceed it) by rising limits, infinity last."""
+        return list(zip((*self._limits, float("inf")), accumulate(self._counts), strict=True))
+
+
+#: Seconds, from half a millisecond, which a small model takes with the protocol, to the usual time limit of a request.
+LATENCY_LIMITS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(slots=True)
+class RequestTotals:
+    """The requests for one model: each is in `success` or in `failures`, and in one of `endings`."""
+
+    success: Duration = field(default_factory=Duration)
+    failures: Duration = field(default_factory=Duration)
+    rows: int = 0  # rows of requests that were served
+    endings: dict[str, int] = field(default_factory=dict)  # "served", or why not
+    latency: Histogram = field(
+        default_factory=lambda: Histogram(LATENCY_LIMITS)
+    )  # seconds, of served requests
+    last_served_ms: int = 0  # unix time
+
+
 @dataclass(slots=True)
 class ModelStatistics:
     """Running totals of one model, named as in the protocol's statistics extension."""
 
-    requests: Duration = field(default_factory=Duration)  # rows answered, end to end
-    failures: Duration = field(default_factory=Duration)
+    failures: Duration = field(default_factory=Duration)  # rows of batches that failed
     queue: Duration = field(default_factory=Duration)
     compute_input: Duration = field(default_factory=Duration)  # text to tensors
     compute_infer: Duration = field(default_factory=Duration)
@@ -210,5 +251,4 @@ class ModelStatistics:
     )  # batches that failed, by "raised", "hung", "miscounted"
     replaced: int = 0  # engines that hung and were replaced by a newly loaded one
     refused: dict[str, int] = field(default_factory=dict)  # rows by the kind of refusal
-    last_inference_ms: int = 0  # unix time
     batch_sizes: dict[int, int] = field(default_factory=dict)  # rows in a batch -> how often

@@ -78,6 +78,7 @@ class RequestContext(msgspec.Struct, frozen=True, gc=False):
 
     deadline_ns: int
     tenant: str
+    flow: str
     priority: int
     is_private: bool
     wants_extras: bool

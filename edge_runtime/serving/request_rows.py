@@ -22,33 +22,22 @@ Interleavings that the code guards against:
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
-from edge_runtime.caching.two_level import DiskHit, TwoLevelCache
+from edge_runtime.caching.two_level import TwoLevelCache
 from edge_runtime.core.caching.keys import KeyPrefix
 from edge_runtime.core.errors import RefusalKind, Refused, refusal
 from edge_runtime.core.messages import Origin
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.processing import Question
-from edge_runtime.serving.cascade import Cascade, Ended, Pending, RequestContext, is_from_cloud
+from edge_runtime.serving.cascade import Cascade, Ended, Pending, RequestContext
+from edge_runtime.serving.counters import Counters
+from edge_runtime.serving.earlier import Earlier
 from edge_runtime.serving.model_runner import RowResult
 from edge_runtime.serving.registry import Registry, ServedModel
 from edge_runtime.serving.single_flight import Flight, SingleFlight, Waiter
-
-
-@dataclass(slots=True)
-class Counters:
-    """Rows by (model, origin, reason), and rows that took the outcome of an equal row; for metrics and status."""
-
-    outcomes: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    coalesced: int = 0
-
-    def count(self, model: str, outcome: Outcome) -> None:
-        """Count one answered row."""
-        key = (model, str(outcome.origin), str(outcome.reason))
-        self.outcomes[key] = self.outcomes.get(key, 0) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +49,6 @@ class Shared:
     flights: SingleFlight
     cache: TwoLevelCache | None
     counters: Counters
-
-
-class _Earlier:
-    """The earlier answers of one row; the disk is asked once."""
-
-    __slots__ = ("_cache", "_digest", "_hit", "_is_asked", "_key")
-
-    def __init__(self, cache: TwoLevelCache, key: bytes, digest: str) -> None:
-        self._cache, self._key, self._digest = cache, key, digest
-        self._hit: DiskHit | None = None
-        self._is_asked = False
-
-    async def find(self) -> Outcome | None:
-        """See `EarlierAnswers.find`. A more urgent request may have asked the cloud since this row was looked up."""
-        now = self._cache.memory.get(time.monotonic_ns(), self._key)
-        if now is not None and is_from_cloud(now):
-            return self._cache.cached_form(self._key, now)
-        if not self._is_asked:
-            self._is_asked = True
-            self._hit = await self._cache.read_disk(self._key, self._digest)
-        return self._hit.outcome if self._hit is not None and self._hit.is_fresh else None
-
-    def stale(self) -> Outcome | None:
-        """See `EarlierAnswers.stale`."""
-        return self._cache.stale_answer(self._key, self._hit)
 
 
 class _Todo(Enum):
@@ -203,7 +167,6 @@ class RequestRows:
 
     async def _go_on(self, index: int, step: _Step) -> None:
         """Bring one row to its outcome, by itself."""
-        served, context = self._served, self._context
         try:
             answered: Pending | None = None  # the edge's answer, from a leader whose own time has ended
             while isinstance(step, asyncio.Future):
@@ -217,7 +180,7 @@ class RequestRows:
                 return
             earlier = None
             if index in self._led and self._cache is not None:
-                earlier = _Earlier(self._cache, self._led[index].key, served.info.digest)
+                earlier = Earlier(self._cache, self._led[index].key, self._served.info.digest)
             judged: Ended | Pending
             if isinstance(step, Pending):
                 judged = step
@@ -253,7 +216,7 @@ class RequestRows:
         judged = self._shared.cascade.judge_again(self._served, self._context, answered)
         return Ended(judged) if isinstance(judged, Outcome) else judged
 
-    async def _race(self, index: int, race: _Race, earlier: _Earlier | None) -> Ended | Pending:
+    async def _race(self, index: int, race: _Race, earlier: Earlier | None) -> Ended | Pending:
         """Run a row that is more urgent than the flight it found, and take whichever result comes first.
 
         The flight may be done soon (its batch runs already), or late (it waits behind others): neither is known here.
@@ -284,7 +247,7 @@ class RequestRows:
             own.cancel()
             await asyncio.gather(own, return_exceptions=True)
 
-    async def _conclude(self, index: int, judged: Ended | Pending, earlier: _Earlier | None) -> None:
+    async def _conclude(self, index: int, judged: Ended | Pending, earlier: Earlier | None) -> None:
         """Await what is left to be awaited, and end the row."""
         led = self._led.get(index)
         if led is not None:
@@ -302,7 +265,7 @@ class RequestRows:
             )
         self._end(index, judged)
 
-    async def _judge_alone(self, index: int, earlier: _Earlier | None) -> Ended | Pending:
+    async def _judge_alone(self, index: int, earlier: Earlier | None) -> Ended | Pending:
         """Answer a row from disk or by running it alone. Raises Refused and EngineFailed."""
         cascade, served, context = self._shared.cascade, self._served, self._context
         if earlier is not None and self._reads_disk_first():

@@ -18,7 +18,7 @@ from edge_runtime.serving.model_runner import Served
 from tests.serving.fakes import SIGNATURE, Named
 
 SECOND = 10**9
-CONTEXT = RequestContext(10 * SECOND, "t", 1, is_private=False, wants_extras=False)
+CONTEXT = RequestContext(10 * SECOND, "t", "", 1, is_private=False, wants_extras=False)
 QUESTION = b"x@0.5"
 
 
@@ -106,7 +106,7 @@ def test_a_sure_answer_is_kept_at_once_without_its_extras():
     assert (outcome.origin, outcome.reason) == (Origin.LOCAL, Reason.CONFIDENT)
     assert (outcome.answer.extras, outcome.answer.raw_score) == ((), 0.45)
     assert (outcome.queue_ns, outcome.infer_ns) == (7, 11)
-    wants = RequestContext(10 * SECOND, "t", 1, is_private=False, wants_extras=True)
+    wants = RequestContext(10 * SECOND, "t", "", 1, is_private=False, wants_extras=True)
     assert len(judged(made(Cloud()), result=served(0.9), context=wants).answer.extras) == 1
 
 

@@ -17,6 +17,7 @@ from edge_runtime.core.messages import (
     TensorSpec,
 )
 from edge_runtime.core.outcome import Outcome
+from edge_runtime.core.protocol.row_words import row_words
 
 
 def requested_outputs(signature: Signature, request: InferRequest) -> tuple[OutputRequest, ...]:
@@ -58,13 +59,10 @@ def build_reply(
 
 
 def explain(outcomes: Sequence[Outcome], total_ns: int) -> dict[str, Scalar]:
-    """Return the reply's parameters: origin and reason are one word where all rows agree, else one for each row.
-
-    Several words are joined by commas. Times are the longest of a row, in microseconds.
-    """
+    """Return the reply's parameters. Times are the longest of a row, in microseconds; see `row_words` for the words."""
     fields: dict[str, Scalar] = {
-        "origin": _one_or_each([outcome.origin for outcome in outcomes]),
-        "reason": _one_or_each([outcome.reason for outcome in outcomes]),
+        **row_words("origin", [str(outcome.origin) for outcome in outcomes]),
+        **row_words("reason", [str(outcome.reason) for outcome in outcomes]),
         "degraded": any(outcome.is_degraded for outcome in outcomes),
         "queue_us": max([outcome.queue_ns for outcome in outcomes]) // 1000,
         "infer_us": max([outcome.infer_ns for outcome in outcomes]) // 1000,
@@ -74,10 +72,6 @@ def explain(outcomes: Sequence[Outcome], total_ns: int) -> dict[str, Scalar]:
     if any(outcome.is_stale for outcome in outcomes):
         fields["stale"] = True
     return fields
-
-
-def _one_or_each(words: Sequence[str]) -> str:
-    return str(words[0]) if words.count(words[0]) == len(words) else ",".join(words)
 
 
 def read_answer(
