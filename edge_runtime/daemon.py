@@ -50,7 +50,7 @@ async def _drain(runtime: Runtime, server: Server, drain_s: float) -> None:
     """Take no new requests, and answer those that were taken, for `drain_s` at most."""
     _log.info("event=draining")
     # First, so that whoever asks for readiness on an open connection is not sent here again.
-    runtime.service.is_ready = False
+    runtime.service.drain(drain_s)
     await server.close_ingress()
     if not await server.drain(drain_s):
         _log.warning("event=drain_incomplete after_s=%g", drain_s)

@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 
 from edge_runtime.caching.two_level import DiskStore
 from edge_runtime.core.escalation.decision import LinkState
-from edge_runtime.core.messages import BOUNDS_NS
+from edge_runtime.core.messages import BOUNDS_NS, Distribution
 from edge_runtime.serving.service import Service
 
 _BOUNDS_S = [*(str(bound / 1e9) for bound in BOUNDS_NS), "+Inf"]
@@ -59,17 +59,12 @@ def _models(service: Service) -> Iterable[Metric]:
     for labels, count in service.counters.outcomes.items():
         rows.add_metric(labels, count)
     yield rows
-    distributions = {
-        "requests": "End-to-end time of answered rows.",
-        "queue": "Time that rows waited for an engine; 0 for those that the cache answered.",
-    }
-    for name, text in distributions.items():
-        histogram = HistogramMetricFamily(f"edge_{name}_seconds", text, labels=["model"])
-        for info in service.models():
-            distribution = getattr(service.statistics(info.name), name)
-            counts = zip(_BOUNDS_S, accumulate(distribution.counts), strict=True)
-            histogram.add_metric([info.name], list(counts), distribution.ns / 1e9)
-        yield histogram
+    yield from _requests(service)
+    yield _histogram(
+        "edge_queue_seconds",
+        "Time that rows waited for an engine; 0 for those that the cache answered.",
+        {info.name: service.statistics(info.name).queue for info in service.models()},
+    )
     yield _batch_sizes(service)
     summaries = {
         "failures": "Rows the model failed on.",
@@ -116,6 +111,34 @@ def _batch_sizes(service: Service) -> Metric:
         buckets = [*zip(map(str, map(float, bounds)), counts, strict=True), ("+Inf", sum(sizes.values()))]
         histogram.add_metric([info.name], buckets, sum(size * n for size, n in sizes.items()))
     return histogram
+
+
+def _histogram(name: str, text: str, by_model: Mapping[str, Distribution]) -> Metric:
+    histogram = HistogramMetricFamily(name, text, labels=["model"])
+    for model, distribution in by_model.items():
+        counts = zip(_BOUNDS_S, accumulate(distribution.counts), strict=True)
+        histogram.add_metric([model], list(counts), distribution.ns / 1e9)
+    return histogram
+
+
+def _requests(service: Service) -> Iterable[Metric]:
+    endings = CounterMetricFamily(
+        "edge_requests", "Requests, by the way in which they ended.", labels=["model", "ending"]
+    )
+    for model, totals in service.counters.requests.items():
+        for ending, count in totals.endings.items():
+            endings.add_metric([model, ending], count)
+    yield endings
+    yield _histogram(
+        "edge_requests_seconds",
+        "End-to-end time of requests that were served.",
+        {model: totals.success for model, totals in service.counters.requests.items()},
+    )
+    yield CounterMetricFamily(
+        "edge_requests_unknown_model",
+        "Requests for models that are not loaded.",
+        service.counters.unknown_model,
+    )
 
 
 def _troubles(service: Service) -> Iterable[Metric]:

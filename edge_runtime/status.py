@@ -106,7 +106,7 @@ def status_of(
 
 
 def _model_status(service: Service, info: ModelInfo) -> dict[str, object]:
-    statistics = service.statistics(info.name)
+    statistics, requests = service.statistics(info.name), service.requests(info.name)
     infer = statistics.compute_infer
     return {
         "name": info.name,
@@ -114,7 +114,9 @@ def _model_status(service: Service, info: ModelInfo) -> dict[str, object]:
         "platform": info.platform,
         **cost_of(info),
         "accept_threshold": info.accept_threshold,
-        "rows": statistics.requests.count,
+        "requests": requests.success.count,
+        "rows": requests.rows,
+        "endings": dict(sorted(requests.endings.items())),
         "batches": statistics.executions,
         "mean_batch": round(infer.count / statistics.executions, 2) if statistics.executions else None,
         "waiting": service.waiting(info.name),

@@ -41,15 +41,15 @@ def test_a_daemon_that_drains_is_not_ready_before_it_stops_listening():
 
     class Ingress:
         async def close_ingress(self):
-            seen.append(("closes", service.is_ready))
+            seen.append("closes")
 
         async def drain(self, deadline_s):
             seen.append(("drains", deadline_s))
             return True
 
-    service = SimpleNamespace(is_ready=True)
+    service = SimpleNamespace(drain=lambda limit_s: seen.append(("is not ready", limit_s)))
     asyncio.run(_drain(SimpleNamespace(service=service), Ingress(), 7.0))
-    assert seen == [("closes", False), ("drains", 7.0)]
+    assert seen == [("is not ready", 7.0), "closes", ("drains", 7.0)]
 
 
 def test_a_drain_that_ends_before_its_requests_is_logged(caplog):
@@ -60,7 +60,7 @@ def test_a_drain_that_ends_before_its_requests_is_logged(caplog):
         async def drain(self, deadline_s):
             return False
 
-    runtime = SimpleNamespace(service=SimpleNamespace(is_ready=True))
+    runtime = SimpleNamespace(service=SimpleNamespace(drain=lambda _limit_s: None))
     asyncio.run(_drain(runtime, Ingress(), 7.0))
     assert "event=drain_incomplete after_s=7" in caplog.text
 

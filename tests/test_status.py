@@ -92,7 +92,7 @@ def test_a_runtime_says_what_is_wrong_and_since_when(tmp_path):
             (problem,) = status["problems"]
             assert problem["part"] == "cache on disk"
             assert runtime.status()["problems"][0]["since"] == problem["since"]
-            runtime.service.is_ready = False
+            runtime.service.drain(1.0)
             assert runtime.status()["state"] == "draining"
 
     asyncio.run(scenario())

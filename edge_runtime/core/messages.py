@@ -211,11 +211,21 @@ class Distribution(Duration):
 
 
 @dataclass(slots=True)
+class RequestTotals:
+    """The requests for one model: each is in `success` or in `failures`, and in one of `endings`."""
+
+    success: Distribution = field(default_factory=Distribution)  # end to end
+    failures: Duration = field(default_factory=Duration)
+    rows: int = 0  # rows of requests that were served
+    endings: dict[str, int] = field(default_factory=dict)  # "served", or why not
+    last_served_ms: int = 0  # unix time
+
+
+@dataclass(slots=True)
 class ModelStatistics:
     """Running totals of one model, named as in the protocol's statistics extension."""
 
-    requests: Distribution = field(default_factory=Distribution)  # rows answered, end to end
-    failures: Duration = field(default_factory=Duration)
+    failures: Duration = field(default_factory=Duration)  # rows of batches that failed
     queue: Distribution = field(default_factory=Distribution)
     compute_input: Duration = field(default_factory=Duration)  # text to tensors
     compute_infer: Duration = field(default_factory=Duration)
@@ -228,5 +238,4 @@ class ModelStatistics:
     )  # batches that failed, by "raised", "hung", "miscounted"
     replaced: int = 0  # engines that hung and were replaced by a newly loaded one
     refused: dict[str, int] = field(default_factory=dict)  # rows by the kind of refusal
-    last_inference_ms: int = 0  # unix time
     batch_sizes: dict[int, int] = field(default_factory=dict)  # rows in a batch -> how often

@@ -8,7 +8,15 @@ import msgspec
 
 from edge_runtime import __version__
 from edge_runtime.core.errors import InvalidRequest, TooLarge, UnknownModel
-from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, ModelStatistics, TensorSpec
+from edge_runtime.core.messages import (
+    Duration,
+    InferReply,
+    InferRequest,
+    ModelInfo,
+    ModelStatistics,
+    RequestTotals,
+    TensorSpec,
+)
 from edge_runtime.core.protocol import oip
 from edge_runtime.core.protocol.ids import is_id
 from edge_runtime.server.answers import HttpAnswer, error_answer
@@ -20,14 +28,15 @@ _NOT_OFFERED = ("logging", "trace", "systemsharedmemory", "cudasharedmemory")
 class InferenceService(Protocol):
     """What the routes need of the service."""
 
-    is_ready: bool
-
+    @property
+    def is_ready(self) -> bool: ...
     def infer(
         self, model: str, version: str | None, request: InferRequest, *, tenant: str
     ) -> Awaitable[InferReply]: ...
     def models(self) -> list[ModelInfo]: ...
     def model(self, name: str, version: str | None = None) -> ModelInfo: ...
     def statistics(self, name: str) -> ModelStatistics: ...
+    def requests(self, name: str) -> RequestTotals: ...
 
 
 class Application(Protocol):
@@ -211,29 +220,37 @@ def _config(model: ModelInfo) -> dict[str, Any]:
 
 def _statistics(service: InferenceService, model: ModelInfo | None) -> HttpAnswer:
     models = service.models() if model is None else [model]
-    return _json({"model_stats": [_stats_tree(info, service.statistics(info.name)) for info in models]})
+    return _json(
+        {
+            "model_stats": [
+                _stats_tree(info, service.requests(info.name), service.statistics(info.name))
+                for info in models
+            ]
+        }
+    )
 
 
-def _stats_tree(info: ModelInfo, statistics: ModelStatistics) -> dict[str, Any]:
-    def duration(name: str) -> dict[str, int]:
-        value = getattr(statistics, name)
+def _stats_tree(info: ModelInfo, requests: RequestTotals, statistics: ModelStatistics) -> dict[str, Any]:
+    """Triton's statistics: success and fail count requests, the inference count rows, and the rest rows and batches."""
+
+    def duration(value: Duration) -> dict[str, int]:
         return {"count": value.count, "ns": value.ns}
 
     return {
         "name": info.name,
         "version": info.version,
-        "last_inference": statistics.last_inference_ms,
-        "inference_count": statistics.requests.count,
+        "last_inference": requests.last_served_ms,
+        "inference_count": requests.rows,
         "execution_count": statistics.executions,
         "inference_stats": {
-            "success": duration("requests"),
-            "fail": duration("failures"),
-            "queue": duration("queue"),
-            "compute_input": duration("compute_input"),
-            "compute_infer": duration("compute_infer"),
-            "compute_output": duration("compute_output"),
-            "cache_hit": duration("cache_hit"),
-            "cache_miss": duration("cache_miss"),
+            "success": duration(requests.success),
+            "fail": duration(requests.failures),
+            "queue": duration(statistics.queue),
+            "compute_input": duration(statistics.compute_input),
+            "compute_infer": duration(statistics.compute_infer),
+            "compute_output": duration(statistics.compute_output),
+            "cache_hit": duration(statistics.cache_hit),
+            "cache_miss": duration(statistics.cache_miss),
         },
         "batch_stats": [
             {"batch_size": size, "compute_infer": {"count": count, "ns": 0}}

@@ -11,6 +11,9 @@ The module knows no asyncio, clock, future or cache key. Clock, log, cloud and t
 a replay drives it with recorded ones: `judge` and `judge_cached` decide without awaiting, and `finish` awaits only what
 it was given.
 
+Whose time it is: an outcome that the caller's own deadline has decided (`Ended.own`) says nothing to a request that
+waits for the same row with more time. Such a request takes the edge's answer and decides for itself (`judge_again`).
+
 Interleavings that the code guards against:
 - Time passes between `judge` and `finish` (a task is scheduled, the disk is read): the time that the cloud is given is
   taken from the clock when it is asked, never from the decision.
@@ -40,8 +43,15 @@ from edge_runtime.processing import Processor, Question
 from edge_runtime.serving.in_flight import RowResult
 from edge_runtime.uplink.cloud_answer import Cloud, cloud_answer
 
-#: Reasons of outcomes that the cloud gave.
+#: Failures of the cloud that more time could have prevented: no answer came in time, or the breaker gives its probe to
+#: callers alone whose time is long enough to prove something.
+_FOR_WANT_OF_TIME = frozenset({Reason.CLOUD_LATE, Reason.CLOUD_OPEN})
 _FROM_CLOUD = frozenset({Reason.UNSURE, Reason.OVERLOADED})
+
+
+def is_from_cloud(outcome: Outcome) -> bool:
+    """Whether the cloud gave the answer, now or when it was kept."""
+    return outcome.reason in _FROM_CLOUD
 
 
 class Model(Protocol):
@@ -57,7 +67,7 @@ class EarlierAnswers(Protocol):
     """The answers that one row has had earlier."""
 
     async def find(self) -> Outcome | None:
-        """Return a fresh answer from the slower level of the cache, in bounded time, or None."""
+        """Return a fresh answer that was kept meanwhile, or one from the slower level of the cache, in bounded time."""
 
     def stale(self) -> Outcome | None:
         """Return an answer of the cloud that is past its time and may still serve, or None. Called after `find`."""
@@ -68,6 +78,7 @@ class RequestContext(msgspec.Struct, frozen=True, gc=False):
 
     deadline_ns: int
     tenant: str
+    flow: str
     priority: int
     is_private: bool
     wants_extras: bool
@@ -84,6 +95,17 @@ class Pending(msgspec.Struct, frozen=True):
     kept: Outcome | None = None
     edge: Answer | None = None
     refused: Refused | None = None
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The outcome of a row that was awaited.
+
+    `own` is set where the caller could have had another outcome with more time: it is what another request for the same
+    row decides about instead.
+    """
+
+    outcome: Outcome
+    own: Pending | None = None
 
 
 class LogLine(msgspec.Struct, frozen=True):
@@ -151,7 +173,7 @@ class Cascade:
         None where the model must run all the same, because its extras are needed to fuse both tiers' answers and were
         not kept.
         """
-        if found.reason in _FROM_CLOUD:
+        if is_from_cloud(found):
             return found
         answer = found.answer
         decision = decide(self._features(model, context, answer, None))
@@ -162,6 +184,23 @@ class Cascade:
             return None
         return Pending(decision, kept, answer)
 
+    def judge_again(self, model: Model, context: RequestContext, pending: Pending) -> Outcome | Pending:
+        """Decide for another request about a row that the edge has answered: one with its own deadline."""
+        assert pending.kept is not None
+        decision = decide(self._features(model, context, pending.edge, None))
+        kept = replace(pending.kept, reason=decision.reason)
+        if decision.action is Action.KEEP and not kept.is_degraded:
+            self._write(model, decision, kept)
+            return kept
+        return Pending(decision, kept, pending.edge)
+
+    def give_up(self, model: Model, pending: Pending) -> Ended:
+        """Return the degraded outcome of a row whose time ended while another request asked the cloud for it."""
+        assert pending.kept is not None
+        outcome = replace(pending.kept, reason=Reason.CLOUD_LATE)
+        self._write(model, pending.decision, outcome)
+        return Ended(outcome, pending)
+
     async def finish(
         self,
         model: Model,
@@ -169,44 +208,48 @@ class Cascade:
         question: Question,
         pending: Pending,
         earlier: EarlierAnswers | None,
-    ) -> Outcome:
+    ) -> Ended:
         """Return the outcome of a row that must be awaited. Raises Refused where nobody can answer it."""
         kept = pending.kept
         if kept is None:
-            return await self._spill(model, context, question, pending)
+            return Ended(await self._spill(model, context, question, pending))
         if earlier is not None:
             found = await earlier.find()
-            if found is not None and found.reason in _FROM_CLOUD:
+            if found is not None and is_from_cloud(found):
                 outcome = replace(found, queue_ns=kept.queue_ns, infer_ns=kept.infer_ns)
                 self._write(model, pending.decision, outcome)
-                return outcome
-        outcome = kept
+                return Ended(outcome)
+        ended = Ended(kept, pending if kept.reason is Reason.TOO_LATE else None)
         if pending.decision.action is Action.ESCALATE:
-            outcome = await self._escalate(model, context, question, pending, kept)
-        if outcome.is_degraded and earlier is not None:
+            ended = await self._escalate(model, context, question, pending, kept)
+        if ended.outcome.is_degraded and earlier is not None:
             stale = earlier.stale()
             if stale is not None:
-                outcome = stale.as_stale(outcome)
-        self._write(model, pending.decision, outcome)
-        return outcome
+                ended = Ended(stale.as_stale(ended.outcome), ended.own)
+        self._write(model, pending.decision, ended.outcome)
+        return ended
 
     async def _escalate(
         self, model: Model, context: RequestContext, question: Question, pending: Pending, kept: Outcome
-    ) -> Outcome:
+    ) -> Ended:
         """Return the cloud's outcome, or `kept` with the reason why there is none."""
         asked_ns = self._now_ns()
         try:
             answer, version = await self._ask(model, context, question, pending.edge, asked_ns)
         except CloudUnavailable as failure:
-            return replace(kept, reason=failure.reason, cloud_ns=self._now_ns() - asked_ns)
+            kept = replace(kept, reason=failure.reason, cloud_ns=self._now_ns() - asked_ns)
+            had_less = context.deadline_ns < asked_ns + self._cloud_timeout_ns
+            return Ended(kept, pending if had_less and failure.reason in _FOR_WANT_OF_TIME else None)
         except (CloudError, InvalidRequest):
-            return replace(kept, reason=Reason.CLOUD_FAILED, cloud_ns=self._now_ns() - asked_ns)
-        return replace(
-            kept,
-            answer=_trimmed(answer, context),
-            origin=Origin.CLOUD,
-            cloud_ns=self._now_ns() - asked_ns,
-            cloud_version=version,
+            return Ended(replace(kept, reason=Reason.CLOUD_FAILED, cloud_ns=self._now_ns() - asked_ns))
+        return Ended(
+            replace(
+                kept,
+                answer=_trimmed(answer, context),
+                origin=Origin.CLOUD,
+                cloud_ns=self._now_ns() - asked_ns,
+                cloud_version=version,
+            )
         )
 
     async def _spill(

@@ -1,5 +1,10 @@
-"""The models of a process by name, and what state each is in. It owns no runner: who loads a model closes it."""
+"""The models of a process by name, and what state each is in. It owns no runner: who loads a model closes it.
 
+A request uses the model that it found when it came, also after that was replaced: `wait_unused` tells when the last
+such request has ended, so that a replacement fails none of them.
+"""
+
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,10 +60,36 @@ class Registry:
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._entries = {name: Entry(ModelState.READY, served) for name, served in models.items()}
+        self._in_use: dict[ModelRunner, int] = {}  # requests by runner
+        self._unused: dict[ModelRunner, asyncio.Event] = {}
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Iterate over the models that have a runner."""
         return (entry.served for entry in self._entries.values() if entry.served is not None)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model is ready."""
+        return all(entry.state is ModelState.READY for entry in self._entries.values())
+
+    def enter(self, served: ServedModel) -> None:
+        """Note that a request uses a model, until `leave`."""
+        self._in_use[served.runner] = self._in_use.get(served.runner, 0) + 1
+
+    def leave(self, served: ServedModel) -> None:
+        """Note that a request has ended."""
+        left = self._in_use[served.runner] - 1
+        if left:
+            self._in_use[served.runner] = left
+            return
+        del self._in_use[served.runner]
+        if served.runner in self._unused:
+            self._unused.pop(served.runner).set()
+
+    async def wait_unused(self, served: ServedModel) -> None:
+        """Wait until no request uses a model."""
+        while served.runner in self._in_use:
+            await self._unused.setdefault(served.runner, asyncio.Event()).wait()
 
     def entry(self, name: str) -> Entry:
         """Return the state of a name. Raises UnknownModel."""

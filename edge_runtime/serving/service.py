@@ -1,18 +1,20 @@
 """The use case: a request comes in, each of its rows is answered from cache, edge or cloud, one reply goes out."""
 
+import asyncio
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from edge_runtime.caching.two_level import DiskStore, TwoLevelCache
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.caching.keys import ROUTING_PARAMETERS, KeyPrefix
-from edge_runtime.core.errors import InvalidRequest, RefusalKind, refusal
+from edge_runtime.core.errors import InvalidRequest, RefusalKind, UnknownModel, refusal
 from edge_runtime.core.messages import (
     InferReply,
     InferRequest,
     ModelInfo,
     ModelStatistics,
+    RequestTotals,
     Scalar,
     Signature,
     Tensor,
@@ -20,10 +22,11 @@ from edge_runtime.core.messages import (
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.core.protocol.parameters import priority_of, time_limit_ns
 from edge_runtime.core.protocol.replies import build_reply, explain, requested_outputs
-from edge_runtime.processing import Question
+from edge_runtime.serving.bounded_cloud import BoundedCloud
 from edge_runtime.serving.cascade import Cascade, RequestContext
+from edge_runtime.serving.counters import Counters
 from edge_runtime.serving.registry import Registry, ServedModel
-from edge_runtime.serving.request_rows import Counters, RequestRows, Shared
+from edge_runtime.serving.request_rows import RequestRows, Shared
 from edge_runtime.serving.single_flight import SingleFlight
 from edge_runtime.uplink.cloud_answer import Cloud
 
@@ -53,13 +56,28 @@ class Service:
         self.registry = Registry(models)
         self.cache = None if cache is None else TwoLevelCache(cache, store)
         self.counters = Counters()
-        self.is_ready = True
+        self._is_draining = False
+        self._cloud = None if cloud is None else BoundedCloud(cloud)
         self._flights = SingleFlight()
-        self._cascade = Cascade(cloud, cloud_timeout_ns=int(cloud_timeout_s * 1e9), now_ns=time.monotonic_ns)
-        self._shared = Shared(self.registry, self._cascade, self._flights, self.cache, self.counters)
+        cascade = Cascade(self._cloud, cloud_timeout_ns=int(cloud_timeout_s * 1e9), now_ns=time.monotonic_ns)
+        self._shared = Shared(self.registry, cascade, self._flights, self.cache, self.counters)
         self._device_secret = device_secret
         self._timeout_ns = int(timeout_s * 1e9)
         self._prefixes: dict[tuple[object, ...], KeyPrefix] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests are welcome: every model is ready, and the runtime does not drain."""
+        return not self._is_draining and self.registry.is_ready
+
+    def drain(self, limit_s: float) -> None:
+        """Be ready no longer, and let no row wait for the cloud for more than `limit_s` from now on.
+
+        Requests are answered as before: which ones are still taken is for the caller to say, who knows when they came.
+        """
+        self._is_draining = True
+        if self._cloud is not None:
+            self._cloud.end_by(asyncio.get_running_loop().time() + limit_s)
 
     def models(self) -> list[ModelInfo]:
         """All loaded models."""
@@ -70,15 +88,19 @@ class Service:
         return self.registry.find(name, version).info
 
     def statistics(self, name: str) -> ModelStatistics:
-        """The running totals of a model. Raises UnknownModel."""
+        """The running totals of a model's runner. Raises UnknownModel."""
         return self.registry.find(name, None).runner.statistics
+
+    def requests(self, name: str) -> RequestTotals:
+        """The totals of the requests for a model, over all its versions. Raises UnknownModel."""
+        return self.counters.of(self.registry.find(name, None).info.name)
 
     def waiting(self, name: str) -> int:
         """Rows of a model that wait for its engine."""
         return self.registry.find(name, None).runner.waiting
 
     def replace_model(self, served: ServedModel) -> ServedModel:
-        """Serve `served` in place of the model of its name, which is returned: its runner is the caller's to close.
+        """Serve `served` in place of the model of its name, which is returned; see `retire_model`.
 
         Where the digest changes, the former model's answers are dropped, in memory and on disk. Where it does not,
         only settings change (a threshold), and every answer stays. Raises UnknownModel where none of that name is
@@ -91,6 +113,14 @@ class Service:
             self.cache.drop_model(former.info.digest, [model.info.digest for model in self.registry])
         return former
 
+    async def retire_model(self, former: ServedModel) -> None:
+        """Close the runner of a model that was replaced, once every request that has found it has ended.
+
+        A caller that is cancelled here leaves the runner open; call again.
+        """
+        await self.registry.wait_unused(former)
+        await former.runner.close()
+
     async def infer(
         self,
         model: str,
@@ -98,43 +128,64 @@ class Service:
         request: InferRequest,
         *,
         tenant: str = "local",
+        flow: str = "",
         deadline_ns: int | None = None,
     ) -> InferReply:
         """Answer every row of the request, in one reply.
 
         `deadline_ns` is in `time.monotonic_ns` terms. Without it the time limit in the request's parameters holds
-        (`timeout` or `deadline_ms`), else the configured one. Raises InvalidRequest and its kin, Refused, EngineFailed:
-        the first error of a row is that of the request.
+        (`timeout` or `deadline_ms`), else the configured one. `flow` tells the callers of one tenant apart: flows share
+        the engine fairly. Raises InvalidRequest and its kin, Refused, EngineFailed: the first error of a row is that of
+        the request.
         """
         started_ns = time.monotonic_ns()
-        if deadline_ns is None:
-            deadline_ns = started_ns + self._time_limit_ns(request)
-        served = self.registry.find(model, version)
-        questions = served.processor.split(request.inputs)
-        outcomes = await self._answer(served, questions, request, tenant, deadline_ns)
-        total_ns = time.monotonic_ns() - started_ns
-        served.runner.statistics.requests.add(total_ns, len(questions))
-        served.runner.statistics.last_inference_ms = time.time_ns() // 1_000_000
-        return build_reply(
-            served.info.name,
-            served.info.version,
-            served.info.signature,
-            [outcome.answer for outcome in outcomes],
-            request,
-            explain(outcomes, total_ns),
-        )
+        served = self._find(model, version)
+        try:
+            if deadline_ns is None:
+                deadline_ns = started_ns + self._time_limit_ns(request)
+            outcomes = await self._answer(served, request, tenant, flow, deadline_ns)
+            total_ns = time.monotonic_ns() - started_ns
+            reply = build_reply(
+                served.info.name,
+                served.info.version,
+                served.info.signature,
+                [outcome.answer for outcome in outcomes],
+                request,
+                explain(outcomes, total_ns),
+            )
+        except BaseException as error:
+            self.counters.ended(served.info.name, error, time.monotonic_ns() - started_ns)
+            raise
+        self.counters.served(served.info.name, outcomes, total_ns, time.time_ns() // 1_000_000)
+        return reply
 
     async def ask(self, text: str, *, model: str = "commands", is_private: bool = False) -> Outcome:
         """Answer one text; the short way for programs that embed the runtime. Raises as `infer`."""
-        served = self.registry.find(model, None)
-        questions = served.processor.split((Tensor("text", "BYTES", (1,), (text.encode(),)),))
-        request = InferRequest((), parameters={"private": True} if is_private else {})
-        deadline_ns = time.monotonic_ns() + self._timeout_ns
-        (outcome,) = await self._answer(served, questions, request, "local", deadline_ns)
-        return outcome
+        started_ns = time.monotonic_ns()
+        served = self._find(model, None)
+        parameters: dict[str, Scalar] = {"private": True} if is_private else {}
+        try:
+            raw = text.encode(
+                "utf-8", "surrogatepass"
+            )  # a lone surrogate is refused as any text that is not UTF-8
+            request = InferRequest((Tensor("text", "BYTES", (1,), (raw,)),), parameters=parameters)
+            outcomes = await self._answer(served, request, "local", "", started_ns + self._timeout_ns)
+        except BaseException as error:
+            self.counters.ended(served.info.name, error, time.monotonic_ns() - started_ns)
+            raise
+        took_ns = time.monotonic_ns() - started_ns
+        self.counters.served(served.info.name, outcomes, took_ns, time.time_ns() // 1_000_000)
+        return outcomes[0]
+
+    def _find(self, model: str, version: str | None) -> ServedModel:
+        try:
+            return self.registry.find(model, version)
+        except UnknownModel:
+            self.counters.unknown_model += 1
+            raise
 
     def _time_limit_ns(self, request: InferRequest) -> int:
-        """How long the caller waits. Raises Refused where that time has passed already."""
+        """How long the caller waits. Raises Refused where that time has passed already, and InvalidRequest."""
         limit_ns = time_limit_ns(request.parameters)
         if limit_ns is None:
             return self._timeout_ns
@@ -143,23 +194,20 @@ class Service:
         return limit_ns
 
     async def _answer(
-        self,
-        served: ServedModel,
-        questions: Sequence[Question],
-        request: InferRequest,
-        tenant: str,
-        deadline_ns: int,
+        self, served: ServedModel, request: InferRequest, tenant: str, flow: str, deadline_ns: int
     ) -> list[Outcome]:
-        """Answer the rows of a request as its parameters say, and count them."""
-        outputs = _output_names(served.info.signature, request)
-        context = _context(served, request, outputs, tenant, deadline_ns)
-        prefix = None
-        if self.cache is not None and _flag(request.parameters, "cache", default=True):
-            prefix = self._prefix(served, request.parameters, outputs, tenant)
-        outcomes = await RequestRows(self._shared, served, context, questions, prefix).answer()
-        for outcome in outcomes:
-            self.counters.count(served.info.name, outcome)
-        return outcomes
+        """Split a request into rows and answer them as its parameters say."""
+        self.registry.enter(served)
+        try:
+            questions = served.processor.split(request.inputs)
+            outputs = _output_names(served.info.signature, request)
+            context = _context(served, request, outputs, tenant, flow, deadline_ns)
+            prefix = None
+            if self.cache is not None and _flag(request.parameters, "cache", default=True):
+                prefix = self._prefix(served, request.parameters, outputs, tenant)
+            return await RequestRows(self._shared, served, context, questions, prefix).answer()
+        finally:
+            self.registry.leave(served)
 
     def _prefix(
         self, served: ServedModel, parameters: Mapping[str, Scalar], outputs: tuple[str, ...], tenant: str
@@ -184,7 +232,12 @@ class Service:
 
 
 def _context(
-    served: ServedModel, request: InferRequest, outputs: tuple[str, ...], tenant: str, deadline_ns: int
+    served: ServedModel,
+    request: InferRequest,
+    outputs: tuple[str, ...],
+    tenant: str,
+    flow: str,
+    deadline_ns: int,
 ) -> RequestContext:
     """Read what the caller wants of each row. Raises InvalidRequest."""
     wants_extras = bool(request.outputs) and any(
@@ -193,6 +246,7 @@ def _context(
     return RequestContext(
         deadline_ns,
         tenant,
+        flow,
         priority_of(request.parameters.get("priority")),
         _flag(request.parameters, "private", default=False),
         wants_extras,

@@ -18,7 +18,7 @@ from edge_runtime.serving.in_flight import Served
 from tests.serving.fakes import SIGNATURE, Named
 
 SECOND = 10**9
-CONTEXT = RequestContext(10 * SECOND, "t", 1, is_private=False, wants_extras=False)
+CONTEXT = RequestContext(10 * SECOND, "t", "", 1, is_private=False, wants_extras=False)
 QUESTION = b"x@0.5"
 
 
@@ -106,7 +106,7 @@ def test_a_sure_answer_is_kept_at_once_without_its_extras():
     assert (outcome.origin, outcome.reason) == (Origin.LOCAL, Reason.CONFIDENT)
     assert (outcome.answer.extras, outcome.answer.raw_score) == ((), 0.45)
     assert (outcome.queue_ns, outcome.infer_ns) == (7, 11)
-    wants = RequestContext(10 * SECOND, "t", 1, is_private=False, wants_extras=True)
+    wants = RequestContext(10 * SECOND, "t", "", 1, is_private=False, wants_extras=True)
     assert len(judged(made(Cloud()), result=served(0.9), context=wants).answer.extras) == 1
 
 
@@ -115,7 +115,7 @@ def test_an_unsure_answer_is_replaced_by_the_clouds():
     cascade, model = made(Cloud(version="5"), clock), Model()
     pending = judged(cascade, model)
     assert pending.decision.action is Action.ESCALATE
-    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, None))
+    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, None)).outcome
     assert (outcome.origin, outcome.reason, outcome.cloud_version) == (Origin.CLOUD, Reason.UNSURE, "5")
     assert outcome.answer.values[0] == b"cloud"
     assert (outcome.queue_ns, outcome.infer_ns, outcome.answer.extras) == (7, 11, ())
@@ -145,7 +145,7 @@ def test_the_decision_has_all_numbers_that_it_rests_on():
 )
 def test_without_an_answer_of_the_cloud_the_edges_is_given_with_the_reason(failure, reason):
     cascade, model = made(Cloud(raises=failure)), Model()
-    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, judged(cascade, model), None))
+    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, judged(cascade, model), None)).outcome
     assert (outcome.origin, outcome.reason, outcome.is_degraded) == (Origin.LOCAL, reason, True)
     assert outcome.answer.values[0] == b"edge"
 
@@ -181,7 +181,7 @@ def test_a_degraded_answer_gives_way_to_a_stale_one_and_the_cloud_is_not_asked(l
     pending = judged(cascade, model)
     stale = Outcome(Answer((b"old",), 0.9), Origin.CACHE, Reason.UNSURE, cloud_version="4")
     for kept, wanted in ((None, (Origin.LOCAL, reason)), (stale, (Origin.CACHE, Reason.STALE))):
-        outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier(stale=kept)))
+        outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier(stale=kept))).outcome
         assert (outcome.origin, outcome.reason, outcome.queue_ns) == (*wanted, 7)
     assert cloud.deadlines == []
     assert judged(cascade, model, has_earlier=False).reason is reason, "nothing to be awaited"
@@ -192,11 +192,11 @@ def test_a_fresh_answer_of_the_cloud_from_earlier_is_taken_and_one_of_the_edge_i
     cascade = made(cloud)
     pending = judged(cascade, model)
     fresh = Outcome(Answer((b"old",), 0.9), Origin.CACHE, Reason.UNSURE, cloud_version="4")
-    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier(fresh)))
+    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier(fresh))).outcome
     assert (outcome.origin, outcome.answer.values[0], outcome.infer_ns) == (Origin.CACHE, b"old", 11)
     assert cloud.deadlines == []
     local = Outcome(Answer((b"old edge",), 0.5), Origin.CACHE, Reason.CONFIDENT)
-    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier(local)))
+    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier(local))).outcome
     assert (outcome.origin, outcome.answer.values[0]) == (Origin.CLOUD, b"cloud")
 
 
@@ -208,7 +208,7 @@ def test_a_row_without_room_is_spilled_to_the_cloud():
     cascade = made(cloud, clock)
     pending = judged(cascade, model, refusal(RefusalKind.FULL))
     assert (pending.decision.action, pending.decision.features.refused) == (Action.SPILL, RefusalKind.FULL)
-    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier()))
+    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier())).outcome
     assert (outcome.origin, outcome.reason, outcome.cloud_version) == (Origin.CLOUD, Reason.OVERLOADED, "5")
     assert not outcome.is_degraded
     assert cloud.deadlines == [3 * SECOND]
@@ -272,9 +272,9 @@ def test_a_cached_answer_below_the_threshold_of_now_is_escalated_without_the_mod
     pending = cascade.judge_cached(model, CONTEXT, LOCAL)
     assert pending.decision.action is Action.ESCALATE
     assert pending.decision.features.raw_score == 0.4
-    assert drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier())).origin is Origin.CLOUD
+    assert drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier())).outcome.origin is Origin.CLOUD
     cloud.raises = CloudUnavailable(Reason.CLOUD_LATE, "")
-    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier()))
+    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, pending, Earlier())).outcome
     assert (outcome.origin, outcome.reason) == (Origin.CACHE, Reason.CLOUD_LATE)
 
 
@@ -300,7 +300,7 @@ def test_a_cached_answer_of_the_cloud_stays_valid_whatever_the_threshold(reason)
 @pytest.mark.parametrize(("version", "label"), [("1", b"fused edge cloud"), ("2", b"cloud")])
 def test_answers_are_fused_only_with_the_version_the_bundle_was_fitted_for(version, label):
     cascade, model = made(Cloud(version=version)), Model(fusion_version="1")
-    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, judged(cascade, model), None))
+    outcome = drive(cascade.finish(model, CONTEXT, QUESTION, judged(cascade, model), None)).outcome
     assert outcome.answer.values[0] == label
 
 

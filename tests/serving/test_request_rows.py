@@ -67,11 +67,10 @@ def test_without_a_cache_equal_rows_are_computed_each():
 
 def test_a_follower_of_an_early_row_does_not_wait_for_the_late_ones():
     async def scenario():
-        late = threading.Event()
+        early, late = threading.Event(), threading.Event()
 
         def answer(row):
-            if row[0][0] < 0.9:
-                assert late.wait(15)
+            assert (late if row[0][0] < 0.9 else early).wait(15)
             return row
 
         one = named(FakeEngine(answer, max_batch=1), is_inline=False)
@@ -79,6 +78,8 @@ def test_a_follower_of_an_early_row_does_not_wait_for_the_late_ones():
         leader = asyncio.create_task(service.infer("named", None, rows_of(b"early@0.95", b"late@0.85")))
         await turns(3)
         follower = asyncio.create_task(service.infer("named", None, rows_of(b"early@0.95")))
+        await turns(3)
+        early.set()
         assert labels(await follower) == [b"early"]
         assert not leader.done()
         assert (service.counters.coalesced, len(service._flights)) == (1, 1)

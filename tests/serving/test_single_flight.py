@@ -16,7 +16,7 @@ OUTCOME = Outcome(Answer((b"x",), 0.9), Origin.LOCAL, Reason.CONFIDENT)
 def test_followers_get_what_the_leader_lands_and_the_key_is_free_again():
     async def scenario():
         flights = SingleFlight()
-        flight = flights.lead(b"k")
+        flight = flights.lead(b"k", 0, 1, 100)
         assert flights.find(b"k") is flight
         assert flights.find(b"other") is None
         waiters = [flights.find(b"k").join() for _ in range(3)]
@@ -30,7 +30,7 @@ def test_followers_get_what_the_leader_lands_and_the_key_is_free_again():
 def test_a_cancelled_follower_is_passed_over_and_the_others_are_served():
     async def scenario():
         flights = SingleFlight()
-        flight = flights.lead(b"k")
+        flight = flights.lead(b"k", 0, 1, 100)
         waiters = [flight.join() for _ in range(3)]
         tasks = [asyncio.ensure_future(asyncio.wait_for(waiter, 10)) for waiter in waiters]
         await asyncio.sleep(0)
@@ -47,7 +47,7 @@ def test_a_cancelled_follower_is_passed_over_and_the_others_are_served():
 def test_whoever_joined_before_the_end_learns_of_it_however_late_it_looks(how):
     async def scenario():
         flights = SingleFlight()
-        flight = flights.lead(b"k")
+        flight = flights.lead(b"k", 0, 1, 100)
         waiter = flight.join()
         if how == "land":
             flights.land(flight, OUTCOME)
@@ -71,7 +71,7 @@ def test_an_error_that_no_follower_reads_is_not_reported_as_lost():
         lost = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: lost.append(context))
         flights = SingleFlight()
-        flight = flights.lead(b"k")
+        flight = flights.lead(b"k", 0, 1, 100)
         waiter = flight.join()
         flights.fail(flight, EngineFailed("broken"))
         del waiter, flight
@@ -89,13 +89,13 @@ def test_of_followers_that_are_abandoned_one_leads_and_the_others_join_it():
             while await waiter is None:
                 flight = flights.find(b"k")
                 if flight is None:
-                    led.append(flights.lead(b"k"))
+                    led.append(flights.lead(b"k", 0, 1, 100))
                     order.append(name)
                     return
                 waiter = flight.join()
             order.append(f"{name} served")
 
-        first = flights.lead(b"k")
+        first = flights.lead(b"k", 0, 1, 100)
         tasks = [asyncio.create_task(follow(name, first.join())) for name in "abc"]
         flights.abandon(first)
         for _ in range(3):
@@ -113,9 +113,9 @@ def test_of_followers_that_are_abandoned_one_leads_and_the_others_join_it():
 def test_a_flight_that_ends_late_leaves_the_next_one_of_its_key_alone(how):
     async def scenario():
         flights = SingleFlight()
-        old = flights.lead(b"k")
+        old = flights.lead(b"k", 0, 1, 100)
         flights.abandon(old)
-        new = flights.lead(b"k")
+        new = flights.lead(b"k", 0, 1, 100)
         waiter = new.join()
         flights.land(old, OUTCOME) if how == "land" else flights.abandon(old)
         assert flights.find(b"k") is new

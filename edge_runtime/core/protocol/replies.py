@@ -59,13 +59,10 @@ def build_reply(
 
 
 def explain(outcomes: Sequence[Outcome], total_ns: int) -> dict[str, Scalar]:
-    """Return the reply's parameters. `row_words` has the form of origin and reason.
-
-    Times are the longest of a row, in microseconds.
-    """
+    """Return the reply's parameters. Times are the longest of a row, in microseconds; see `row_words` for the words."""
     fields: dict[str, Scalar] = {
-        **row_words("origin", [outcome.origin for outcome in outcomes]),
-        **row_words("reason", [outcome.reason for outcome in outcomes]),
+        **row_words("origin", [str(outcome.origin) for outcome in outcomes]),
+        **row_words("reason", [str(outcome.reason) for outcome in outcomes]),
         "degraded": any(outcome.is_degraded for outcome in outcomes),
         "queue_us": max([outcome.queue_ns for outcome in outcomes]) // 1000,
         "infer_us": max([outcome.infer_ns for outcome in outcomes]) // 1000,

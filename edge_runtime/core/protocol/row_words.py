@@ -16,8 +16,8 @@ def row_words(name: str, words: Sequence[str]) -> dict[str, Scalar]:
     One word where all rows agree; else a word for each row, joined by commas; else, where that is longer than a
     reader accepts (some 150 rows), "mixed" and beside it `{name}_counts`, as in "cache=50,local=974", by falling count.
     """
-    if words.count(words[0]) == len(words):
-        return {name: str(words[0])}
+    if len(set(words)) == 1:
+        return {name: words[0]}
     joined = ",".join(words)
     if len(name) + len(joined) <= LIMITS.parameter_bytes:
         return {name: joined}

@@ -215,7 +215,7 @@ GUARDS = [
     (
         "a daemon that drains is not ready",
         DAEMON,
-        "    runtime.service.is_ready = False\n",
+        "    runtime.service.drain(drain_s)\n",
         "",
         ("tests/test_daemon.py::test_a_daemon_that_drains_is_not_ready_before_it_stops_listening",),
     ),
