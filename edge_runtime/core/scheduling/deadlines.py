@@ -30,7 +30,7 @@ class Fit:
         """
         late: list[Entry] = []
         postponed: list[Entry] = []
-        tight = sorted([entry for entry in members if entry.has_deadline], key=_key_of)
+        tight = sorted([entry for entry in members if entry.deadline_ns is not None], key=_deadline_of)
         # Late even in a batch of one: admission judged by the fastest engine, and this one may be slower.
         while tight and not self.is_stale and self._ends_late(1, tight[0]):
             late.append(tight.pop(0))
@@ -47,8 +47,12 @@ class Fit:
         return late, postponed
 
     def _ends_late(self, rows: int, entry: Entry) -> bool:
-        return self.now_ns + self.lane.costs.mean(rows) * self.speed > entry.key_ns
+        return self.now_ns + self.lane.costs.mean(rows) * self.speed > _deadline_of(entry)
 
 
 def _key_of(entry: Entry) -> int:
     return entry.key_ns
+
+
+def _deadline_of(entry: Entry) -> float:
+    return float("inf") if entry.deadline_ns is None else entry.deadline_ns

@@ -103,7 +103,8 @@ class Forecast:
         for last in range(at - at % split.most + split.most - 1, len(queue.keys), split.most):
             rows = (last + 1 + self._foreign_rows(place, last + 1)) // split.most * split.most
             finish_ns = start_ns + (rows * split.per_row / self._pool.up + own_ns) * self._pool.speed
-            if queue.keys[last] < finish_ns and queue.entries[last].has_deadline:
+            deadline_ns = queue.entries[last].deadline_ns
+            if deadline_ns is not None and deadline_ns < finish_ns:
                 return True
         return False
 
@@ -111,8 +112,7 @@ class Forecast:
         """Rows of other flows that are served before: all of higher classes, and the turns of flows in the same class."""
         queue, priority_class = place.queue, place.queue.flow.priority_class
         others = priority_class.waiting - len(queue.keys)
-        # Meanwhile each other flow is served at most as many rows as this one.
-        turns = max(len(priority_class.flows) - (1 if queue.keys else 0), 0) * (at + 1)
+        turns = priority_class.rivals(queue) * (at + 1)
         foreign = place.above + min(others, turns)
         if len(self.lanes) > 1 and foreign:  # convert to rows that cost what this lane's rows cost
             mean_ns = self.waiting_ns() * self._pool.up / self._pool.speed / place.waiting

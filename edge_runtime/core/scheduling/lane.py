@@ -53,6 +53,15 @@ class Lane:
         ] = {}  # ids of members between two steps, longest first; they are counted in `waiting`
         self.refresh()
 
+    def forget_time(self, start_ns: int, gap_ns: int) -> None:
+        """Record that nothing arrived and no batch ran for `gap_ns` from `start_ns` on."""
+        if self.since_ns <= start_ns:
+            self.since_ns += gap_ns
+            self.held_until_ns += gap_ns
+        if self.confirmed_ns <= start_ns:
+            self.confirmed_ns += gap_ns
+        self.linger.forget_time(start_ns, gap_ns)
+
     def refresh(self) -> None:
         """Recompute what is derived from the costs: the best splits and the learned window."""
         self.version = self.costs.version

@@ -81,6 +81,11 @@ class Linger:
         if opens and self._windows:
             self.began_ns = now_ns
 
+    def forget_time(self, start_ns: int, gap_ns: int) -> None:
+        """Record that no arrival could be seen for `gap_ns` from `start_ns` on."""
+        if self.began_ns is not None and self.began_ns <= start_ns:
+            self.began_ns += gap_ns
+
     def _close(self) -> None:
         fixed, marginal = self._learned
         came, self._came, self.began_ns = self._came, [], None

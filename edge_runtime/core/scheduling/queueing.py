@@ -1,36 +1,33 @@
 """The requests that wait, in the order in which they are served: priority classes, flows in turns, deadlines.
 
-    PriorityClass (strict, with ageing) -> Flow (one tenant, takes turns) -> Queue (one lane, earliest deadline first)
+    PriorityClass (strict, with ageing) -> Flow (one caller, takes turns) -> Queue (one lane, earliest deadline first)
 
-Turns are start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each flow has a virtual time: the engine time
-that its rows have used. The flow with the smallest virtual time is served next. Engine time is shared as by deficit
-round robin, but without a quantum, and a flow that empties its queue with each batch and refills it (a caller with
-one request at a time) gains nothing by doing so.
+A caller that is named (a connection) is a flow of its own inside of its tenant: tenants share engine time equally, and the
+callers of a tenant share its part, so a tenant gains nothing by more connections. Requests without a named caller are
+one flow, which has the turns of a tenant.
 """
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from heapq import merge
 
 from edge_runtime.core.scheduling.lane import Lane
-
-#: Flows with nothing waiting whose virtual time is kept. Beyond that the flow that left first is forgotten.
-_REMEMBERED = 1024
+from edge_runtime.core.scheduling.virtual_time import VirtualTime
 
 
 class Entry:
-    """A waiting request. `key_ns` orders it in its queue: its deadline, or one assumed for it."""
+    """A waiting request. `key_ns` orders it in its queue; it is never later than the deadline."""
 
-    __slots__ = ("has_deadline", "id", "key_ns", "queue", "size_bytes")
+    __slots__ = ("deadline_ns", "id", "key_ns", "queue", "size_bytes")
 
     def __init__(
-        self, request_id: int, queue: "Queue", size_bytes: int, key_ns: int, has_deadline: bool
+        self, request_id: int, queue: "Queue", size_bytes: int, key_ns: int, deadline_ns: int | None
     ) -> None:
         self.id = request_id
         self.queue = queue
         self.size_bytes = size_bytes
         self.key_ns = key_ns
-        self.has_deadline = has_deadline
+        self.deadline_ns = deadline_ns
 
 
 class Queue:
@@ -81,13 +78,19 @@ class Queue:
 
 
 class Flow:
-    """One tenant in one priority class: its queues, and its virtual time in nanoseconds of engine time."""
+    """One caller of one tenant in one priority class: its queues, and its virtual time.
 
-    __slots__ = ("priority_class", "queues", "tenant", "virtual_ns")
+    `caller` is None for the requests of a tenant that name none. `group` is the tenant of a named caller, from its
+    first request on.
+    """
 
-    def __init__(self, priority_class: "PriorityClass", tenant: str) -> None:
+    __slots__ = ("caller", "group", "priority_class", "queues", "tenant", "virtual_ns")
+
+    def __init__(self, priority_class: "PriorityClass", tenant: str, caller: Hashable) -> None:
         self.priority_class = priority_class
         self.tenant = tenant
+        self.caller = caller
+        self.group: Tenant | None = None
         self.queues: dict[Lane, Queue] = {}  # none of them empty
         self.virtual_ns = 0.0
 
@@ -96,70 +99,138 @@ class Flow:
         """How many requests of this flow wait."""
         return sum([len(queue.keys) for queue in self.queues.values()])
 
+    @property
+    def waiting_bytes(self) -> int:
+        """The bytes of the requests of this flow that wait."""
+        return sum([entry.size_bytes for queue in self.queues.values() for entry in queue.entries])
+
+    def newest_first(self) -> Iterator[Entry]:
+        """The waiting requests, the latest deadline and of equal ones the last arrival first."""
+        return merge(*[reversed(queue.entries) for queue in self.queues.values()], key=_negative_key)
+
     def most_urgent(self) -> Queue:
         """The queue whose head has the earliest deadline."""
         queues = self.queues.values()
         return next(iter(queues)) if len(queues) == 1 else min(queues, key=_head_key)
 
 
-class PriorityClass:
-    """One priority and the flows that wait in it. `since_ns`: when it last had a turn, or began to wait.
+class Tenant:
+    """The named callers of one tenant in one priority class, with a virtual time of its own."""
 
-    `credit_ns` is the largest lag behind the other flows that a returning flow keeps (start-time fair queueing would
-    reset the lag to 0). A quiet flow may so send a short burst ahead of a flood instead of in turns with it.
+    __slots__ = ("flows", "key", "time", "virtual_ns")
+
+    def __init__(self, tenant: str) -> None:
+        self.key = (tenant,)  # apart from the tenant's requests without a named caller
+        self.flows: dict[Hashable, Flow] = {}
+        self.time = VirtualTime()
+        self.virtual_ns = 0.0
+
+
+class PriorityClass:
+    """One priority (`rank`) and the flows that wait in it. `since_ns`: when it last had a turn, or began to wait.
+
+    `unnamed` are the flows of tenants that name no caller, `tenants` those with named ones.
     """
 
-    __slots__ = ("_ahead", "_clock_ns", "by_lane", "credit_ns", "flows", "since_ns", "waiting")
+    __slots__ = ("by_lane", "rank", "since_ns", "tenants", "time", "unnamed", "waiting")
 
-    def __init__(self) -> None:
-        self.flows: dict[str, Flow] = {}
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.unnamed: dict[str, Flow] = {}
+        self.tenants: dict[str, Tenant] = {}
+        self.time = VirtualTime()
         self.by_lane: dict[Lane, dict[Queue, None]] = {}
         self.waiting = 0
         self.since_ns = 0
-        self.credit_ns = 0.0
-        self._clock_ns = 0.0  # virtual time of the last turn: a new flow starts there, less the credit
-        self._ahead: OrderedDict[str, float] = OrderedDict()  # virtual time of flows with nothing waiting
 
-    def queue(self, tenant: str, lane: Lane) -> Queue:
-        """The queue of a tenant's requests for a lane. A new queue is attached by its first `insert`."""
-        flow = self.flows.get(tenant)
-        if flow is None:
-            flow = Flow(self, tenant)
-        queue = flow.queues.get(lane)
-        return Queue(flow, lane) if queue is None else queue
+    def flow(self, tenant: str, caller: Hashable) -> Flow | None:
+        """The flow of a caller, if something of it waits."""
+        if caller is None:
+            return self.unnamed.get(tenant)
+        group = self.tenants.get(tenant)
+        return None if group is None else group.flows.get(caller)
+
+    def queue(self, tenant: str, caller: Hashable, lane: Lane) -> Queue:
+        """The queue of a flow's requests for a lane. A new queue is attached by its first `insert`."""
+        flow = self.flow(tenant, caller) or Flow(self, tenant, caller)
+        return flow.queues.get(lane) or Queue(flow, lane)
+
+    def flows(self) -> Iterator[Flow]:
+        """All flows with something waiting."""
+        yield from self.unnamed.values()
+        for group in self.tenants.values():
+            yield from group.flows.values()
 
     def queues(self) -> Iterator[Queue]:
         """All queues; none is empty."""
-        for flow in self.flows.values():
-            yield from flow.queues.values()
+        for of_lane in self.by_lane.values():
+            yield from of_lane
 
     def turn(self) -> Flow:
-        """The flow whose turn it is: the one with the smallest virtual time; of equal ones, the one that waits longer."""
-        flows = self.flows.values()
-        flow = next(iter(flows)) if len(flows) == 1 else min(flows, key=_virtual_ns)
-        if flow.virtual_ns > self._clock_ns:
-            self._clock_ns = flow.virtual_ns
+        """The flow whose turn it is: first the tenant, then its caller. Of equal ones, the one that waits longer."""
+        if not self.tenants:
+            flows = self.unnamed.values()
+            flow = next(iter(flows)) if len(flows) == 1 else min(flows, key=_virtual_ns)
+            if flow.virtual_ns > self.time.clock_ns:
+                self.time.clock_ns = flow.virtual_ns
+            return flow
+        members: list[Flow | Tenant] = [*self.unnamed.values(), *self.tenants.values()]
+        member = min(members, key=_virtual_ns)
+        self.time.clock_ns = max(self.time.clock_ns, member.virtual_ns)
+        if isinstance(member, Flow):
+            return member
+        flow = min(member.flows.values(), key=_virtual_ns)
+        member.time.clock_ns = max(member.time.clock_ns, flow.virtual_ns)
         return flow
 
-    def in_turn(self, lane: Lane) -> list[Queue]:
-        """The queues of a lane, in the order of their flows' turns."""
-        queues = self.by_lane.get(lane, ())
-        return sorted(queues, key=_virtual_ns_of_queue) if len(queues) > 1 else list(queues)
+    def take(self, lane: Lane, rows: int) -> list[Entry]:
+        """Remove and return at most `rows` entries of a lane, in equal parts of its tenants, and of their callers."""
+        taken: list[Entry] = []
+        while len(taken) < rows and (queues := self.by_lane.get(lane, ())):
+            in_turn = sorted(queues, key=_virtual_ns_of_queue) if len(queues) > 1 else list(queues)
+            if self.tenants:
+                taken += _take_by_tenant(in_turn, rows - len(taken))
+                continue
+            each = -(-(rows - len(taken)) // len(in_turn))
+            for queue in in_turn[: rows - len(taken)]:
+                taken += queue.cut(min(each, rows - len(taken)))
+        return taken
+
+    def waiting_of(self, tenant: str) -> int:
+        """How many requests of a tenant wait."""
+        unnamed, group = self.unnamed.get(tenant), self.tenants.get(tenant)
+        named = () if group is None else group.flows.values()
+        return sum([flow.waiting for flow in named]) + (0 if unnamed is None else unnamed.waiting)
+
+    def rivals(self, queue: Queue) -> int:
+        """How many rows of other flows are served for each row of a queue, at most."""
+        is_new, flow = not queue.keys, queue.flow
+        members = len(self.unnamed) + len(self.tenants)
+        if flow.caller is None:
+            return max(members - (not is_new), 0)
+        group = self.tenants.get(flow.tenant)
+        callers = is_new + (0 if group is None else len(group.flows))
+        return (members - (group is not None)) * callers + callers - 1
 
     def charge(self, flow: Flow, ns: float) -> None:
         """Add engine time to a flow's virtual time, also if nothing of the flow waits any more."""
-        present = self.flows.get(flow.tenant)
+        if flow.group is not None:
+            self._charge_named(flow, flow.group, ns)
+            return
+        present = self.unnamed.get(flow.tenant)
         if present is not None:
             present.virtual_ns += ns
         else:
-            self._remember(flow.tenant, self._ahead.get(flow.tenant, flow.virtual_ns) + ns)
+            self.time.charge_absent(flow.tenant, flow.virtual_ns, ns)
 
     def attach(self, queue: Queue) -> None:
         """Include a queue in the turns, just before its first entry is inserted."""
         flow = queue.flow
-        if flow.tenant not in self.flows:
-            flow.virtual_ns = max(self._ahead.pop(flow.tenant, 0.0), self._clock_ns - self.credit_ns)
-            self.flows[flow.tenant] = flow
+        if flow.caller is not None:
+            self._attach_named(flow)
+        elif flow.tenant not in self.unnamed:
+            flow.virtual_ns = self.time.enter(flow.tenant)
+            self.unnamed[flow.tenant] = flow
         flow.queues[queue.lane] = queue
         self.by_lane.setdefault(queue.lane, {})[queue] = None
 
@@ -171,24 +242,69 @@ class PriorityClass:
         del of_lane[queue]
         if not of_lane:
             del self.by_lane[lane]
-        if not flow.queues:
-            del self.flows[flow.tenant]
-            self._remember(flow.tenant, flow.virtual_ns)
+        if flow.queues:
+            return
+        if flow.group is not None:
+            self._detach_named(flow, flow.group)
+        else:
+            del self.unnamed[flow.tenant]
+            self.time.leave(flow.tenant, flow.virtual_ns)
 
-    def _remember(self, tenant: str, virtual_ns: float) -> None:
-        ahead = self._ahead
-        if virtual_ns > self._clock_ns - self.credit_ns:
-            ahead[tenant] = virtual_ns
-            if len(ahead) > _REMEMBERED:
-                ahead.popitem(last=False)
+    def _charge_named(self, flow: Flow, group: Tenant, ns: float) -> None:
+        present = self.tenants.get(flow.tenant)
+        if present is None:
+            self.time.charge_absent(group.key, group.virtual_ns, ns)
+            return
+        present.virtual_ns += ns
+        caller = present.flows.get(flow.caller)
+        if caller is not None:
+            caller.virtual_ns += ns
+        else:
+            present.time.charge_absent(flow.caller, flow.virtual_ns, ns)
+
+    def _attach_named(self, flow: Flow) -> None:
+        group = self.tenants.get(flow.tenant)
+        if group is None:
+            group = self.tenants[flow.tenant] = Tenant(flow.tenant)
+            group.virtual_ns = self.time.enter(group.key)
+        if flow.caller not in group.flows:
+            group.time.credit_ns = self.time.credit_ns
+            flow.virtual_ns = group.time.enter(flow.caller)
+            group.flows[flow.caller] = flow
+            flow.group = group
+
+    def _detach_named(self, flow: Flow, group: Tenant) -> None:
+        del group.flows[flow.caller]
+        group.time.leave(flow.caller, flow.virtual_ns)
+        if not group.flows:
+            del self.tenants[flow.tenant]
+            self.time.leave(group.key, group.virtual_ns)
+
+
+def _take_by_tenant(in_turn: list[Queue], rows: int) -> list[Entry]:
+    tenants: dict[Flow | Tenant, list[Queue]] = {}
+    for queue in in_turn:
+        tenants.setdefault(queue.flow.group or queue.flow, []).append(queue)
+    taken: list[Entry] = []
+    of_tenant = -(-rows // len(tenants))
+    for tenant in sorted(tenants, key=_virtual_ns)[:rows]:
+        end, queues = min(len(taken) + of_tenant, rows), tenants[tenant]
+        each = -(-(end - len(taken)) // len(queues))
+        for queue in queues[: end - len(taken)]:
+            taken += queue.cut(min(each, end - len(taken)))
+    return taken
+
+
+def _negative_key(entry: Entry) -> int:
+    return -entry.key_ns
 
 
 def _head_key(queue: Queue) -> int:
     return queue.keys[0]
 
 
-def _virtual_ns(flow: Flow) -> float:
-    return flow.virtual_ns
+def _virtual_ns(member: Flow | Tenant) -> float:
+    return member.virtual_ns
 
 
 def _virtual_ns_of_queue(queue: Queue) -> float:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from edge_runtime.core.errors import RefusalKind
 from edge_runtime.core.messages import LatencyProfile
 from edge_runtime.core.scheduling.deadlines import Fit
+from edge_runtime.core.scheduling.displacement import Newcomer, victims
 from edge_runtime.core.scheduling.engine_pool import EnginePool
 from edge_runtime.core.scheduling.forecast import Forecast, Place
 from edge_runtime.core.scheduling.lane import Lane
@@ -37,8 +38,10 @@ BATCHES_PER_POLL = 8
 #: A priority class rises by one after this many full batches without a turn, but not before a millisecond.
 _AGEING_BATCHES = 16
 _LEAST_AGEING_NS = 1_000_000
-#: A request without a deadline is ordered as if it had this one, so that it does not wait for ever behind deadlines.
-_PATIENCE_NS = _SECOND
+#: A request is ordered as if its deadline were at most this far away. So one without a deadline does not wait for ever
+#: behind deadlines, and one with a distant deadline (ten seconds are the default of requests over HTTP) does not wait
+#: longer than one without.
+_PATIENCE_NS = 10 * _SECOND
 #: A prediction that no batch has confirmed for so long refuses nothing, because refused requests cannot correct it.
 _STALE_NS = _SECOND
 #: A flow that had less than its part of the engine may catch up by so many full batches.
@@ -122,14 +125,16 @@ class Scheduler:
         policy = policy or Policy()
         self._windows = Windows(policy)
         self._pool = EnginePool(engines)
-        self._classes = [PriorityClass() for _ in range(PRIORITIES)]
+        self._classes = [PriorityClass(rank) for rank in range(PRIORITIES)]
         self._forecast = Forecast(
             self._pool, lambda key: Lane(key, limits.max_batch, latency_profile, policy.tick_ns, pads=pads)
         )
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
         self._paused: dict[int, Entry] = {}
+        self._displaced: dict[int, Refuse] = {}  # taken out of the queue, to be reported by the next poll
         self._batches: dict[int, _Batch] = {}
+        self._unmeasured: set[int] = set()  # batches during which this process did not run for some time
         self._next_batch_id = 0
         self._is_draining = False
         share = limits.tenant_engine_share
@@ -177,50 +182,66 @@ class Scheduler:
         size_bytes: int = 0,
         deadline_ns: int | None = None,
         tenant: str = "",
+        caller: Hashable = None,
         priority: int = NORMAL,
+        rows: int = 1,
     ) -> Refuse | None:
         """Admit a request, or return its refusal. Then ask `poll` what to run.
 
         `request_id` must not be one that waits or runs. The work must end by `deadline_ns`. `priority` is 0 (served first)
-        to PRIORITIES - 1.
+        to PRIORITIES - 1. `caller` tells the callers of a tenant apart (its connections); each is a flow of its own.
+        `rows`: how many such submissions belong to one request of the caller.
+
+        A full queue is shared out: the new request displaces others of a lower priority, or of a caller that holds
+        more of the queue than the new one's caller would with all `rows`. The next `poll` refuses the displaced ones.
         """
         # Every request comes this way. Look-ups are written out, because each function call would add 5 %.
         if self._is_draining:
             return Refuse(request_id, RefusalKind.DRAINING)
-        if deadline_ns is not None and deadline_ns <= now_ns:
-            return Refuse(request_id, RefusalKind.LATE)
+        if deadline_ns is None:
+            key_ns = now_ns + _PATIENCE_NS
+        else:
+            left_ns = deadline_ns - now_ns
+            if left_ns <= 0:
+                return Refuse(request_id, RefusalKind.LATE)
+            key_ns = deadline_ns if left_ns < _PATIENCE_NS else now_ns + _PATIENCE_NS
         waiting, limits = self._waiting, self._limits
+        displaced: Sequence[Entry] = ()
         if len(waiting) >= limits.max_waiting or self._waiting_bytes + size_bytes > limits.max_waiting_bytes:
-            return Refuse(request_id, RefusalKind.FULL, self._forecast.half_served_ns(now_ns))
+            displaced = self._victims(size_bytes, tenant, caller, priority, rows)
+            if not displaced:
+                return Refuse(request_id, RefusalKind.FULL, self._forecast.half_served_ns(now_ns))
         if self._has_quotas and (refused := self._over_quota(now_ns, request_id, tenant)):
             return refused
         forecast = self._forecast
         state = forecast.lanes.get(lane) or forecast.new_lane(lane)
         priority_class = self._classes[priority]
-        flow = priority_class.flows.get(tenant)
+        flow = priority_class.unnamed.get(tenant) if caller is None else priority_class.flow(tenant, caller)
         queue = None if flow is None else flow.queues.get(state)
         if queue is None:
-            queue = priority_class.queue(tenant, state)
-        key_ns = now_ns + _PATIENCE_NS if deadline_ns is None else deadline_ns
+            queue = Queue(flow or Flow(priority_class, tenant, caller), state)  # attached by its first insert
         keys = queue.keys
         at = len(keys) if not keys or key_ns >= keys[-1] else bisect_right(keys, key_ns)
         if deadline_ns is not None:
             # Most deadlines leave time for everything that waits; only the others need an exact prediction.
             busy_ns = self._pool.busy_until_ns
-            left_ns = deadline_ns - (busy_ns if busy_ns > now_ns else now_ns)
+            if busy_ns > now_ns:
+                left_ns -= int(busy_ns) - now_ns
             if left_ns < len(waiting) * forecast.row_ns + forecast.batch_ns and (
                 refused := self._too_late(now_ns, request_id, deadline_ns, queue, at, priority)
             ):
                 return refused
             if deadline_ns < self._late_bound_ns:
                 self._late_bound_ns = deadline_ns
+        if displaced:
+            self._displace(now_ns, displaced)
         if not state.waiting:
             self._windows.began(now_ns, state, finds_idle=self._pool.free > 0 and not waiting)
         elif state.linger.began_ns is not None:
             state.linger.arrived(now_ns, opens=False)
         if not priority_class.waiting:
             priority_class.since_ns = now_ns
-        entry = waiting[request_id] = Entry(request_id, queue, size_bytes, key_ns, deadline_ns is not None)
+        entry = waiting[request_id] = Entry(request_id, queue, size_bytes, key_ns, deadline_ns)
         self._waiting_bytes += size_bytes
         queue.insert(at, entry)
         return None
@@ -233,8 +254,40 @@ class Scheduler:
         """
         entry = self._waiting.get(request_id)
         if entry is None:
-            return self._paused.pop(request_id, None) is not None
+            return (
+                self._paused.pop(request_id, None) is not None
+                or self._displaced.pop(request_id, None) is not None
+            )
         self._remove(entry)
+        return True
+
+    def raise_priority(self, now_ns: int, request_id: int, priority: int) -> bool:
+        """Move a waiting request to a higher priority; return False if it does not wait, or waits there or higher.
+
+        Its deadline and its place among the requests of its caller stay the same. For a request for which a more
+        urgent caller waits as well.
+        """
+        entry = self._waiting.get(request_id)
+        if entry is None or entry.queue.flow.priority_class.rank <= priority:
+            return False
+        lane = entry.queue.lane
+        entry.queue.remove(entry)
+        self._place(now_ns, entry, self._classes[priority], lane)
+        return True
+
+    def extend_deadline(self, request_id: int, deadline_ns: int | None) -> bool:
+        """Let a waiting or paused request end later (None: at any time); return False if it is neither.
+
+        It keeps its place. An earlier deadline than it has is ignored. For a request for which a caller with more time
+        waits as well.
+        """
+        entry = self._waiting.get(request_id) or self._paused.get(request_id)
+        if entry is None:
+            return False
+        if deadline_ns is None or entry.deadline_ns is None:
+            entry.deadline_ns = None
+        else:
+            entry.deadline_ns = max(entry.deadline_ns, deadline_ns)
         return True
 
     def drain(self) -> None:
@@ -247,11 +300,15 @@ class Scheduler:
         If more than `most_batches` could be dispatched, `next_wakeup_ns` says that the next poll is due at once.
         """
         actions: list[Action] = []
+        if self._displaced:
+            actions += self._displaced.values()
+            self._displaced.clear()
         self._polled_ns = now_ns
         self._window_ends_ns = None
         end_id = self._next_batch_id + most_batches
         while self._waiting and self._next_batch_id < end_id:
-            if self._late_bound_ns <= self._pool.free_from(now_ns) + self._forecast.single_ns:
+            busy_ns = self._pool.busy_until_ns
+            if self._late_bound_ns <= (busy_ns if busy_ns > now_ns else now_ns) + self._forecast.single_ns:
                 self._drop_late(now_ns, actions)
             if not self._pool.free or not self._waiting or self._is_held(now_ns):
                 break
@@ -275,6 +332,9 @@ class Scheduler:
         `resume`.
         """
         batch = self._batches.pop(batch_id)
+        if self._unmeasured and batch_id in self._unmeasured:
+            self._unmeasured.remove(batch_id)
+            duration_ns = None
         ratio = None
         if duration_ns is not None and duration_ns > 0:
             batch.lane.confirmed_ns = now_ns
@@ -282,11 +342,12 @@ class Scheduler:
             ratio = batch.lane.costs.observe(len(batch.entries), duration_ns / speed)
         self._pool.end(batch.engine, ratio)
         self._forecast.refresh()
-        for entry in batch.entries if staying or paused else ():
-            if entry.id in staying:
-                self._stay(now_ns, entry, staying[entry.id])
-            elif entry.id in paused:
-                self._paused[entry.id] = entry
+        if staying or paused:
+            for entry in batch.entries:
+                if entry.id in staying:
+                    self._stay(now_ns, entry, staying[entry.id])
+                elif entry.id in paused:
+                    self._paused[entry.id] = entry
         self._window_ends_ns = None  # a poll is due
         batch.lane.running -= 1  # not before: a new lane above must not push this one out of the forecast
 
@@ -296,6 +357,23 @@ class Scheduler:
         It was admitted once, so no limit refuses it here, nor does `drain`; `poll` refuses it if its deadline has passed.
         """
         self._stay(now_ns, self._paused.pop(request_id), lane)
+        self._window_ends_ns = None  # a poll is due
+
+    def forget_time(self, now_ns: int, gap_ns: int) -> None:
+        """Record that this process, and its engines, did not run for `gap_ns` until now (stopped, or frozen by the system).
+
+        Running batches teach nothing about costs, predictions do not get stale, windows and ageing do not count the gap.
+        Deadlines stay as they are, since the time of the callers went on.
+        """
+        # Only what began before the gap is moved: calls may have come between its end and this one.
+        start_ns = now_ns - gap_ns
+        self._unmeasured.update(self._batches)
+        self._windows.forget_time(start_ns, gap_ns)
+        for lane in self._forecast.lanes.values():
+            lane.forget_time(start_ns, gap_ns)
+        for priority_class in self._classes:
+            if priority_class.since_ns <= start_ns:
+                priority_class.since_ns += gap_ns
         self._window_ends_ns = None  # a poll is due
 
     def engine_down(self, engine: int) -> None:
@@ -313,6 +391,8 @@ class Scheduler:
         them: the last poll reached its bound, or a batch has ended since.
         """
         window_ns, late_ns = self._window_ends_ns, self._late_bound_ns
+        if self._displaced:
+            return self._polled_ns
         if not self._waiting:
             return None
         if window_ns is None and self._pool.free:
@@ -326,10 +406,8 @@ class Scheduler:
     def _over_quota(self, now_ns: int, request_id: int, tenant: str) -> Refuse | None:
         """Refuse a request beyond the tenant's quota of waiting requests, or of engine time."""
         most = self._limits.tenant_max_waiting
-        if most is not None:
-            flows = [priority_class.flows.get(tenant) for priority_class in self._classes]
-            if sum([flow.waiting for flow in flows if flow is not None]) >= most:
-                return Refuse(request_id, RefusalKind.QUOTA, self._forecast.half_served_ns(now_ns))
+        if most is not None and sum([waits.waiting_of(tenant) for waits in self._classes]) >= most:
+            return Refuse(request_id, RefusalKind.QUOTA, self._forecast.half_served_ns(now_ns))
         ahead_ns = 0 if self._quotas is None else self._quotas.ahead_ns(now_ns, tenant)
         return Refuse(request_id, RefusalKind.QUOTA, ahead_ns) if ahead_ns else None
 
@@ -351,20 +429,38 @@ class Scheduler:
         self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._forecast.batch_ns
         return Refuse(request_id, RefusalKind.LATE, retry_ns)
 
+    def _victims(
+        self, size_bytes: int, tenant: str, caller: Hashable, priority: int, rows: int
+    ) -> Sequence[Entry]:
+        """The waiting requests that a new one may displace; none if it may not."""
+        excess = len(self._waiting) + 1 - self._limits.max_waiting
+        excess_bytes = self._waiting_bytes + size_bytes - self._limits.max_waiting_bytes
+        flow = Flow(self._classes[priority], tenant, caller)
+        return victims(self._classes, Newcomer(flow, size_bytes, rows, excess, excess_bytes))
+
+    def _displace(self, now_ns: int, entries: Sequence[Entry]) -> None:
+        retry_after_ns = self._forecast.half_served_ns(now_ns)
+        for entry in entries:
+            self._remove(entry)
+            self._displaced[entry.id] = Refuse(entry.id, RefusalKind.FULL, retry_after_ns)
+
     # The waiting requests
 
     def _requeue(self, now_ns: int, entry: Entry, lane: Lane) -> None:
         """Return a request to the queue, in a lane and at the place that its deadline gives it."""
         flow = entry.queue.flow
-        priority_class = flow.priority_class
-        entry.queue = queue = priority_class.queue(flow.tenant, lane)
+        self._place(now_ns, entry, flow.priority_class, lane)
+        self._waiting[entry.id] = entry
+        self._waiting_bytes += entry.size_bytes
+        if entry.deadline_ns is not None:
+            self._late_bound_ns = min(self._late_bound_ns, entry.deadline_ns)
+
+    def _place(self, now_ns: int, entry: Entry, priority_class: PriorityClass, lane: Lane) -> None:
+        flow = entry.queue.flow
+        entry.queue = queue = priority_class.queue(flow.tenant, flow.caller, lane)
         if not priority_class.waiting:
             priority_class.since_ns = now_ns
         queue.insert(bisect_left(queue.keys, entry.key_ns), entry)  # before equal deadlines, which came later
-        self._waiting[entry.id] = entry
-        self._waiting_bytes += entry.size_bytes
-        if entry.has_deadline:
-            self._late_bound_ns = min(self._late_bound_ns, entry.key_ns)
 
     def _stay(self, now_ns: int, entry: Entry, key: Hashable) -> None:
         """Let a member wait for its next step, before any newcomer of its lane."""
@@ -373,9 +469,11 @@ class Scheduler:
         lane.staying[entry.id] = None
 
     def _leave(self, entries: Sequence[Entry]) -> None:
+        waiting, freed_bytes = self._waiting, 0
         for entry in entries:
-            del self._waiting[entry.id]
-            self._waiting_bytes -= entry.size_bytes
+            del waiting[entry.id]
+            freed_bytes += entry.size_bytes
+        self._waiting_bytes -= freed_bytes
 
     def _remove(self, entry: Entry) -> None:
         self._leave([entry])
@@ -395,8 +493,12 @@ class Scheduler:
                     if key_ns >= limit_ns:
                         bound_ns = min(bound_ns, key_ns)
                         break
-                    if entry.has_deadline:
+                    if entry.deadline_ns is None:
+                        continue
+                    if entry.deadline_ns < limit_ns:
                         late.append(entry)
+                    else:
+                        bound_ns = min(bound_ns, entry.deadline_ns)
         for entry in late:
             self._remove(entry)
             actions.append(Refuse(entry.id, RefusalKind.LATE))
@@ -432,7 +534,7 @@ class Scheduler:
         if priority_class.waiting < len(self._waiting):
             priority_class = self._next_class(now_ns)
         priority_class.since_ns = now_ns
-        priority_class.credit_ns = _CREDIT_BATCHES * self._forecast.batch_ns
+        priority_class.time.credit_ns = _CREDIT_BATCHES * self._forecast.batch_ns
         queue = priority_class.turn().most_urgent()
         if queue.lane.version != queue.lane.costs.version:
             queue.lane.refresh()
@@ -461,7 +563,8 @@ class Scheduler:
     def _newcomers(self, first: Queue, rows: int) -> list[Entry]:
         """Remove from the queue, and return, at most `rows` entries of the lane of `first`.
 
-        Those of the priority class whose turn it is come first, in equal parts of its flows, then those of the others.
+        Those of the priority class whose turn it is come first, in equal parts of its tenants, and of
+        their callers, then those of the others.
         """
         lane = first.lane
         if rows <= 0 or not lane.waiting:
@@ -478,10 +581,10 @@ class Scheduler:
         own = first.flow.priority_class
         classes = self._classes if own is self._classes[0] else [own, *self._classes]
         for priority_class in classes:
-            while len(taken) < rows and (queues := priority_class.in_turn(lane)):
-                each = -(-(rows - len(taken)) // len(queues))
-                for queue in queues[: rows - len(taken)]:
-                    taken += queue.cut(min(each, rows - len(taken)))
+            if lane in priority_class.by_lane:
+                taken += priority_class.take(lane, rows - len(taken))
+                if len(taken) == rows:
+                    break
         return taken
 
     def _dispatch(self, now_ns: int, queue: Queue) -> list[Action]:

@@ -58,6 +58,11 @@ class Windows:
         """Record predicted engine time that a dispatched batch uses."""
         self._saved_ns -= engine_ns
 
+    def forget_time(self, start_ns: int, gap_ns: int) -> None:
+        """Record that no engine ran for `gap_ns` from `start_ns` on, which saves no engine time."""
+        if self._saved_at_ns <= start_ns:
+            self._saved_at_ns += gap_ns
+
     def _saved_up(self, now_ns: int, lane: Lane, speed: float, target: float) -> int:
         """The time at which the duty target allows the next batch of this lane."""
         costs = lane.costs

@@ -554,7 +554,7 @@ def test_a_stream_of_cancels_behind_a_long_batch_keeps_no_memory():
         scheduler.submit(0, request_id, ("shape", request_id), deadline_ns=10**9, tenant=str(request_id))
         scheduler.cancel(request_id)
     assert scheduler.lanes <= 64
-    assert sum(len(waits.flows) + len(waits.by_lane) for waits in scheduler._classes) == 2
+    assert sum(len([*waits.flows()]) + len(waits.by_lane) for waits in scheduler._classes) == 2
 
 
 def serve(scheduler, arrivals, cost_ns, until_ns):
@@ -601,7 +601,7 @@ def test_tenants_in_lanes_of_different_cost_get_equal_engine_time(costs):
 
     def flood(now):
         for name in "xy":
-            if scheduler._classes[1].flows.get(name) is None:  # y keeps one batch waiting, and never more
+            if scheduler._classes[1].flow(name, None) is None:  # y keeps one batch waiting, and never more
                 for _ in range(4):
                     scheduler.submit(now, next(numbers), name, tenant=name)
 

@@ -27,8 +27,8 @@ POLICIES = (
 class Member:
     """What this file knows of a request."""
 
-    def __init__(self, lane, tenant, priority, size, deadline):
-        self.lane, self.tenant, self.priority = lane, tenant, priority
+    def __init__(self, lane, tenant, caller, priority, size, deadline):
+        self.lane, self.tenant, self.caller, self.priority = lane, tenant, caller, priority
         self.size, self.deadline = size, deadline
         self.is_staying = False
 
@@ -50,8 +50,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             for _ in range(2)
         ]
         self.now, self.next_id = 10**10, 0
-        self.waiting, self.running = {}, {}
+        self.waiting, self.running, self.paused = {}, {}, {}
         self.admitted, self.abandoned, self.exits = set(), set(), {}
+        self.newcomer = None  # what was admitted to a full queue, until its victims are reported
 
     def both(self, call):
         STEPS["taken"] += 1
@@ -63,8 +64,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do(self, seed, length):
         chance = random.Random(seed)
         for _ in range(length):
-            step = chance.choices((self.submit, self.cancel, self.poll, self.end), (5, 1, 3, 3))[0]
-            step(chance)
+            steps = (self.submit, self.cancel, self.poll, self.end, self.urge, self.resume, self.freeze)
+            chance.choices(steps, (10, 2, 6, 6, 2, 1, 0.5))[0](chance)
 
     def submit(self, chance):
         request_id, self.next_id = self.next_id, self.next_id + 1
@@ -72,14 +73,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         who = Member(
             chance.choice("aab"),
             chance.choice("xyz"),
+            chance.choice((None, 1, 2)),
             chance.randrange(PRIORITIES),
             chance.randint(0, 30),
             deadline,
         )
+        rows = chance.choice((1, 1, 4))
         answer = self.both(
             lambda s: s.submit(
                 self.now, request_id, who.lane, size_bytes=who.size, deadline_ns=who.deadline, tenant=who.tenant,
-                priority=who.priority,
+                caller=who.caller, priority=who.priority, rows=rows,
             )
         )  # fmt: skip
         is_full = (
@@ -88,28 +91,79 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         if deadline is not None and deadline <= self.now:
             assert answer.kind is RefusalKind.LATE
-        elif is_full:
-            assert answer.kind is RefusalKind.FULL, "the queue is bounded"
+        elif is_full and answer is not None and answer.kind is RefusalKind.FULL:
+            assert not self.is_greediest_elsewhere(who, rows), "a full queue is shared out"
         elif sum(m.tenant == who.tenant for m in self.waiting.values()) >= 6:
             assert answer.kind is RefusalKind.QUOTA, "and each tenant's part of it"
         elif answer is not None:
             assert answer.kind is RefusalKind.LATE
             assert deadline is not None, "only a deadline can be missed"
         else:
+            self.newcomer = who if is_full else None
             self.waiting[request_id] = who
             self.admitted.add(request_id)
         if answer is not None:
             assert answer.id == request_id
             assert answer.retry_after_ns is None or answer.retry_after_ns > 0
+        if is_full and answer is None:
+            # Members of sequences come back to it whatever its limits.
+            members = [m.size for m in self.waiting.values() if m.is_staying]
+            assert self.twins[0].waiting <= max(MAX_WAITING, len(members) + 1), "the queue is bounded"
+            assert self.twins[0].waiting_bytes <= max(MAX_BYTES, sum(members) + who.size)
+            self.poll(chance)
+            assert self.newcomer is None, "the displaced are refused by the next poll"
+
+    def is_greediest_elsewhere(self, who, rows):
+        """Whether one row of a lower priority, or of a tenant that holds far more, could have made room."""
+        if len(self.waiting) < MAX_WAITING or self.twins[0].waiting_bytes + who.size > MAX_BYTES:
+            return False  # it needs bytes, perhaps of several
+        tenants = Counter(m.tenant for m in self.waiting.values() if m.priority == who.priority)
+        lower = [m for m in self.waiting.values() if m.priority > who.priority and not m.is_staying]
+        own = tenants.pop(who.tenant, 0)
+        staying = any(m.is_staying for m in self.waiting.values())
+        return bool(lower) or (not staying and max(tenants.values(), default=0) > max(own + 1, rows))
+
+    def urge(self, chance):
+        """Raise the priority of a request, or give it more time."""
+        if not self.next_id:
+            return
+        request_id = chance.choice([*self.waiting, *self.paused, chance.randrange(self.next_id)])
+        member = self.waiting.get(request_id)
+        if chance.random() < 0.5:
+            priority = chance.randrange(PRIORITIES)
+            is_raised = member is not None and priority < member.priority
+            assert self.both(lambda s: s.raise_priority(self.now, request_id, priority)) == is_raised
+            if is_raised:
+                member.priority = priority
+            return
+        member = member or self.paused.get(request_id)
+        deadline = None if chance.random() < 0.3 else self.now + chance.randint(1, 90)
+        assert self.both(lambda s: s.extend_deadline(request_id, deadline)) == (member is not None)
+        if member is not None and member.deadline is not None:
+            member.deadline = None if deadline is None else max(member.deadline, deadline)
+
+    def resume(self, chance):
+        """A member that paused between two steps takes part again, however full the queue is."""
+        if self.paused:
+            request_id = chance.choice([*self.paused])
+            member = self.waiting[request_id] = self.paused.pop(request_id)
+            member.is_staying, member.lane = True, chance.choice("ab")
+            self.both(lambda s: s.resume(self.now, request_id, member.lane))
+
+    def freeze(self, chance):
+        """The process does not run for a while."""
+        gap = chance.choice((5, 10**10))
+        self.now += gap
+        self.both(lambda s: s.forget_time(self.now, gap))
 
     def cancel(self, chance):
         if not self.next_id:
             return
-        known = [*self.waiting, *(i for batch in self.running.values() for i in batch[1])]
+        known = [*self.waiting, *self.paused, *(i for batch in self.running.values() for i in batch[1])]
         request_id = (
             chance.choice(known) if known and chance.random() < 0.8 else chance.randrange(self.next_id)
         )
-        was_waiting = self.waiting.pop(request_id, None) is not None
+        was_waiting = (self.waiting.pop(request_id, None) or self.paused.pop(request_id, None)) is not None
         assert self.both(lambda s: s.cancel(request_id)) == was_waiting
         if was_waiting:
             self.leave(request_id, "cancelled")
@@ -127,11 +181,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         fresh = {lane for _, members in self.running.values() for lane in [next(iter(members.values())).lane]}
         most = chance.choice((1, 2, 8, 8))
         actions = self.both(lambda s: s.poll(self.now, most))
+        assert self.newcomer is None or any(
+            isinstance(action, Refuse) and action.kind is RefusalKind.FULL for action in actions
+        ), "a full queue has room for a new request only in the place of another"
         for action in actions:
             if isinstance(action, Refuse):
                 self.dropped(action)
             else:
                 self.dispatched(action, predicted, action.lane in fresh)
+        self.newcomer = None
         batches = sum(not isinstance(action, Refuse) for action in actions)
         assert batches <= most, "a poll is bounded"
         if batches == most and self.waiting and len(self.running) < self.slots:
@@ -141,8 +199,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def dropped(self, action):
         member = self.waiting.pop(action.id)
-        assert action.kind is RefusalKind.LATE
-        assert member.deadline is not None
+        if action.kind is RefusalKind.FULL:
+            assert self.newcomer is not None, "only a new request displaces others"
+            assert member.priority >= self.newcomer.priority, "and none of a higher priority"
+            assert not member.is_staying, "nor a member between two steps"
+        else:
+            assert action.kind is RefusalKind.LATE
+            assert member.deadline is not None
         self.leave(action.id, "refused")
 
     def dispatched(self, action, predicted, is_fresh):
@@ -198,9 +261,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         duration = chance.choice((None, 8, 10, 12, 20, 30))
         stay = {i: chance.choice((m.lane, *"ab")) for i, m in members.items()
                 if i not in self.abandoned and chance.random() < 0.25}  # fmt: skip
-        self.both(lambda s: s.batch_done(self.now, batch_id, duration, staying=stay))
+        pause = {i for i in members if i not in stay and i not in self.abandoned and chance.random() < 0.1}
+        self.both(lambda s: s.batch_done(self.now, batch_id, duration, staying=stay, paused=pause))
         for request_id, member in members.items():
-            if request_id in stay:
+            if request_id in pause:
+                self.paused[request_id] = member
+            elif request_id in stay:
                 member.is_staying, member.lane = True, stay[request_id]  # its rows may have grown
                 self.waiting[request_id] = member
             else:
@@ -218,8 +284,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.both(lambda s: s.drain())
         chance = random.Random(0)
         for _ in range(200):
-            if not self.waiting and not self.running:
+            if not self.waiting and not self.running and not self.paused:
                 break
+            self.resume(chance)
             for batch_id in [*self.running]:
                 engine, members = self.running.pop(batch_id)
                 self.load[engine] -= 1

@@ -1,8 +1,8 @@
 """Lines of the scheduler that guard an invariant."""
 
-BATCHING, QUEUEING, WINDOWS, POOL, LATENCY, QUOTAS = (
+BATCHING, QUEUEING, WINDOWS, POOL, LATENCY, QUOTAS, TIME = (
     f"edge_runtime/core/scheduling/{name}.py"
-    for name in ("scheduler", "queueing", "windows", "engine_pool", "batch_costs", "quotas")
+    for name in ("scheduler", "queueing", "windows", "engine_pool", "batch_costs", "quotas", "virtual_time")
 )
 TESTS = tuple(
     f"tests/core/scheduling/test_{name}.py"
@@ -10,8 +10,8 @@ TESTS = tuple(
 )
 
 LINES = [
-    ("a batch is bounded", BATCHING, "rows = lane.split.batch(lane.waiting)", "rows = lane.waiting"),
-    ("a batch has one lane", QUEUEING, "queues = self.by_lane.get(lane, ())", "queues = [*self.queues()]"),
+    ("a batch is bounded", BATCHING, "else lane.split.batch(lane.waiting)", "else lane.waiting"),
+    ("a batch has one lane", QUEUEING, "queues := self.by_lane.get(lane, ())", "queues := [*self.queues()]"),
     (
         "a cancel touches one id",
         QUEUEING,
@@ -21,7 +21,7 @@ LINES = [
     ("each leaves once", BATCHING, "        entry.queue.remove(entry)\n", "        pass\n"),
     ("the queue is bounded", BATCHING, "len(waiting) >= limits.max_waiting", "False"),
     ("and in bytes", BATCHING, "self._waiting_bytes + size_bytes > limits.max_waiting_bytes", "False"),
-    ("bytes leave with their request", BATCHING, "            self._waiting_bytes -= entry.size_bytes\n", ""),
+    ("bytes leave with their request", BATCHING, "        self._waiting_bytes -= freed_bytes\n", ""),
     ("a tenant has its part", BATCHING, ">= most:", ">= 10**9:"),
     ("a quota of time holds", QUOTAS, "if ahead_ns > 0 else 0", "if False else 0"),
     ("the late are refused on arrival", BATCHING, "if finish_ns <= deadline_ns:", "if True:"),
@@ -46,7 +46,7 @@ LINES = [
     (
         "who waits again is seen",
         BATCHING,
-        "            self._late_bound_ns = min(self._late_bound_ns, entry.key_ns)\n",
+        "            self._late_bound_ns = min(self._late_bound_ns, entry.deadline_ns)\n",
         "            pass\n",
     ),
     ("predictions heal", BATCHING, "now_ns - lane.confirmed_ns > _STALE_NS", "False"),
@@ -75,9 +75,9 @@ LINES = [
     ("tenants take turns", QUEUEING, "min(flows, key=_virtual_ns)", "next(iter(flows))"),
     (
         "turns are charged in engine time",
-        QUEUEING,
-        "            flow.virtual_ns = max(self._ahead.pop(flow.tenant, 0.0), self._clock_ns - self.credit_ns)\n",
-        "            pass\n",
+        TIME,
+        "self._absent.pop(key, 0.0)",
+        "0.0",
     ),
     ("the lowest class ages", BATCHING, "(now_ns - waits.since_ns) // ageing_ns", "0"),
     ("the earliest deadline goes first", BATCHING, "else bisect_right(keys, key_ns)", "else len(keys)"),
