@@ -8,12 +8,13 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.errors import ConfigError, StorageError
 from edge_runtime.server.answers import HttpAnswer, error_answer
 from edge_runtime.server.browser_guard import browser_guard
 from edge_runtime.server.limits import HttpLimits
 from edge_runtime.server.routes import Application, HttpRequest, answer
 from edge_runtime.server.shell import Connection, ListenerConfig
+from edge_runtime.storage.files import check_owner
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -65,20 +66,16 @@ class Server:
         _clear_stale(path)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.parent.stat().st_uid not in (os.getuid(), 0) and path.parent != Path("/tmp"):  # noqa: S108
-                raise ConfigError(
-                    f"[server] socket: the folder of {path} belongs to another user; choose another."
-                )
+            check_owner(path.parent)  # the client of the command line asks the same
             listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             mask = os.umask(0o117)
             try:
                 listening.bind(str(path))
             finally:
                 os.umask(mask)
-        except OSError as error:
-            raise ConfigError(
-                f"[server] socket: {path} cannot be used ({error.strerror or error}); set another path."
-            ) from None
+        except (OSError, StorageError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ConfigError(f"[server] socket: {path} cannot be used ({why}); set another path.") from None
         factory = self.connection_factory(None, self._limits.unix_connections)
         loop = asyncio.get_running_loop()
         self._listeners.append(await loop.create_unix_server(factory, sock=listening))
