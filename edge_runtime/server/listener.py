@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edge_runtime.core.errors import ConfigError, StorageError
@@ -28,7 +29,9 @@ class Server:
         self._limits = limits
         self._listeners: list[asyncio.Server] = []  # uvloop closes a listener nobody refers to
         self._connections: list[set[Connection]] = []
-        self._socket_path: Path | None = None
+        self._socket: tuple[Path, os.stat_result] | None = (
+            None  # where the Unix socket is, and what was made there
+        )
         self._is_closing = False
         self._busy = 0
         self._quiet = asyncio.Event()
@@ -79,7 +82,7 @@ class Server:
         factory = self.connection_factory(None, self._limits.unix_connections)
         loop = asyncio.get_running_loop()
         self._listeners.append(await loop.create_unix_server(factory, sock=listening))
-        self._socket_path = path
+        self._socket = path, os.lstat(path)
         self.addresses.append(f"unix:{path}")
 
     async def open_tcp(self, host: str, port: int, allowed_hosts: tuple[str, ...]) -> None:
@@ -108,13 +111,22 @@ class Server:
     async def close_ingress(self) -> None:
         """Stop listening; further requests on open connections are answered with 503."""
         self._is_closing = True
+        # Before the listeners close: a bound socket holds its inode, so that no other file has the same number.
+        self._remove_socket()
         for listener in self._listeners:
             listener.close()
         for connections in self._connections:
             for connection in list(connections):
                 connection.close_when_idle()
-        if self._socket_path is not None:
-            self._socket_path.unlink(missing_ok=True)
+
+    def _remove_socket(self) -> None:
+        """Remove the Unix socket, unless somebody removed it before and another daemon listens at its path."""
+        if self._socket is not None:
+            path, made = self._socket
+            self._socket = None
+            with suppress(OSError):
+                if os.path.samestat(path.lstat(), made):
+                    path.unlink()
 
     async def drain(self, deadline_s: float) -> bool:
         """Wait for requests under way; False if some were still running at the deadline."""
