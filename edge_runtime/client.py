@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused
+from edge_runtime.core.errors import EdgeRuntimeError, InvalidRequest, RefusalKind, Refused, StorageError
 from edge_runtime.core.messages import InferReply, InferRequest, OutputRequest
 from edge_runtime.core.protocol import oip
+from edge_runtime.storage.files import check_owner
 
 _UNAVAILABLE = {429: RefusalKind.FULL, 503: RefusalKind.DRAINING, 504: RefusalKind.LATE}
 
@@ -20,22 +21,37 @@ class _UnixConnection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
+        """Connect, if the socket and its folder belong to this user. Raises OSError, StorageError.
+
+        In a folder that is predictable anybody could have made a socket first, to read requests and to invent answers.
+        A folder that only this user can write keeps the socket from being exchanged between the check and the connect.
+        """
+        for place in (self._path.parent, self._path):
+            try:
+                check_owner(place)
+            except StorageError as error:
+                raise StorageError(f"[server] socket: {self._path} is not used: {error}") from None
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
 
 
 class Client:
-    """Talks to the daemon behind one socket path; one connection per call."""
+    """Talks to the daemon behind one socket path; one connection per call.
+
+    Every call raises StorageError, and sends nothing, where the socket or its folder belongs to another user.
+    """
 
     def __init__(self, path: Path, timeout_s: float = 30.0) -> None:
         self._path = path
         self._timeout_s = timeout_s
 
     def is_alive(self) -> bool:
-        """Whether a daemon answers here."""
+        """Whether a daemon answers here. Raises StorageError where the socket is not this user's."""
         try:
             return self._call("GET", "/v2/health/live", b"", {})[0] == 200
+        except StorageError:
+            raise
         except EdgeRuntimeError:
             return False
 

@@ -25,6 +25,20 @@ def test_a_second_daemon_on_the_same_socket_is_refused_in_one_sentence(config, d
     assert "Traceback" not in second.stderr
 
 
+def test_a_daemon_removes_its_own_socket_and_leaves_that_of_another(config, tmp_path):
+    """Somebody removed the socket of a running daemon, and a second one was started at the same path."""
+    path = tmp_path / "e.sock"
+    with running(*EDGE, "serve", "--config", str(config)) as first:
+        path.unlink()
+        with running(*EDGE, "serve", "--config", str(config)) as second:
+            first.send_signal(signal.SIGTERM)
+            assert first.wait(20) == 0
+            assert ask(path, "turn the lights off")[0] == 200
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(20) == 0
+    assert not path.exists()
+
+
 def test_status_names_the_addresses_that_answer(config, daemon, tmp_path):
     status = json.loads(cli("status", "--json", "--config", str(config)).stdout)
     assert (status["state"], status["ready"], status["problems"]) == ("ready", True, [])

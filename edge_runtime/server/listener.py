@@ -6,14 +6,16 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from edge_runtime.core.errors import ConfigError
+from edge_runtime.core.errors import ConfigError, StorageError
 from edge_runtime.server.answers import HttpAnswer, error_answer
 from edge_runtime.server.browser_guard import browser_guard
 from edge_runtime.server.limits import HttpLimits
 from edge_runtime.server.routes import Application, HttpRequest, answer
 from edge_runtime.server.shell import Connection, ListenerConfig
+from edge_runtime.storage.files import check_owner
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -27,7 +29,9 @@ class Server:
         self._limits = limits
         self._listeners: list[asyncio.Server] = []  # uvloop closes a listener nobody refers to
         self._connections: list[set[Connection]] = []
-        self._socket_path: Path | None = None
+        self._socket: tuple[Path, os.stat_result] | None = (
+            None  # where the Unix socket is, and what was made there
+        )
         self._is_closing = False
         self._busy = 0
         self._quiet = asyncio.Event()
@@ -65,24 +69,20 @@ class Server:
         _clear_stale(path)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.parent.stat().st_uid not in (os.getuid(), 0) and path.parent != Path("/tmp"):  # noqa: S108
-                raise ConfigError(
-                    f"[server] socket: the folder of {path} belongs to another user; choose another."
-                )
+            check_owner(path.parent)  # the client of the command line asks the same
             listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             mask = os.umask(0o117)
             try:
                 listening.bind(str(path))
             finally:
                 os.umask(mask)
-        except OSError as error:
-            raise ConfigError(
-                f"[server] socket: {path} cannot be used ({error.strerror or error}); set another path."
-            ) from None
+        except (OSError, StorageError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ConfigError(f"[server] socket: {path} cannot be used ({why}); set another path.") from None
         factory = self.connection_factory(None, self._limits.unix_connections)
         loop = asyncio.get_running_loop()
         self._listeners.append(await loop.create_unix_server(factory, sock=listening))
-        self._socket_path = path
+        self._socket = path, os.lstat(path)
         self.addresses.append(f"unix:{path}")
 
     async def open_tcp(self, host: str, port: int, allowed_hosts: tuple[str, ...]) -> None:
@@ -111,13 +111,22 @@ class Server:
     async def close_ingress(self) -> None:
         """Stop listening; further requests on open connections are answered with 503."""
         self._is_closing = True
+        # Before the listeners close: a bound socket holds its inode, so that no other file has the same number.
+        self._remove_socket()
         for listener in self._listeners:
             listener.close()
         for connections in self._connections:
             for connection in list(connections):
                 connection.close_when_idle()
-        if self._socket_path is not None:
-            self._socket_path.unlink(missing_ok=True)
+
+    def _remove_socket(self) -> None:
+        """Remove the Unix socket, unless somebody removed it before and another daemon listens at its path."""
+        if self._socket is not None:
+            path, made = self._socket
+            self._socket = None
+            with suppress(OSError):
+                if os.path.samestat(path.lstat(), made):
+                    path.unlink()
 
     async def drain(self, deadline_s: float) -> bool:
         """Wait for requests under way; False if some were still running at the deadline."""

@@ -178,6 +178,34 @@ GUARDS = [
         CLIENT_TESTS,
     ),
     (
+        "the client talks to no socket of another user",
+        CLIENT,
+        "        for place in (self._path.parent, self._path):\n",
+        "        for place in (self._path.parent,):\n",
+        CLIENT_TESTS,
+    ),
+    (
+        "nor to one in a folder of another user",
+        CLIENT,
+        "        for place in (self._path.parent, self._path):\n",
+        "        for place in (self._path,):\n",
+        CLIENT_TESTS,
+    ),
+    (
+        "a stranger's socket is not taken for an absent daemon",
+        CLIENT,
+        "        except StorageError:\n            raise\n        except EdgeRuntimeError:\n            return False\n",
+        "        except EdgeRuntimeError:\n            return False\n",
+        CLIENT_TESTS,
+    ),
+    (
+        "the server listens in no folder of another user",
+        "edge_runtime/server/listener.py",
+        "            check_owner(path.parent)",
+        "            pass",
+        CLIENT_TESTS,
+    ),
+    (
         "a sure answer does not wait for the broker",
         "edge_runtime/cli/ask.py",
         'if runtime.uplink is None or not reply.parameters["degraded"]:',
@@ -218,6 +246,13 @@ GUARDS = [
         "    runtime.service.drain(drain_s)\n",
         "",
         ("tests/test_daemon.py::test_a_daemon_that_drains_is_not_ready_before_it_stops_listening",),
+    ),
+    (
+        "a daemon removes only the socket that it made",
+        "edge_runtime/server/listener.py",
+        "if os.path.samestat(path.lstat(), made):",
+        "if True:",
+        ("tests/test_daemon.py::test_a_daemon_removes_its_own_socket_and_leaves_that_of_another",),
     ),
     (
         "status names the addresses",
