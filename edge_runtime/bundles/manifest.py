@@ -150,6 +150,11 @@ def is_id(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and ".." not in name
 
 
+def is_payload(name: str) -> bool:
+    """Whether a manifest may list a file of this name."""
+    return is_id(name) and name.endswith(_SUFFIXES)
+
+
 def parse_manifest(raw: bytes, where: str) -> Manifest:
     """Read and check a manifest whose signature held. Raises BundleError; `where` names the bundle in it."""
     try:
