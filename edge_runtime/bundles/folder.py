@@ -17,12 +17,21 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.bundles.manifest import FORMAT, MANIFEST, FileEntry, Manifest, parse_manifest
+from edge_runtime.bundles.manifest import (
+    FORMAT,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    is_payload,
+    parse_manifest,
+)
+from edge_runtime.bundles.stoppable import Stop, run_stoppable
 from edge_runtime.compression import compress, decompress
 from edge_runtime.core.errors import BundleError, InvalidRequest
 from edge_runtime.core.protocol.ids import is_id
 
 SIGNATURE = "manifest.sig"
+_STORED = ".zst"  # suffix of a payload as it is stored
 MAX_MANIFEST_BYTES = 256 * 1024
 MAX_WINDOW_BYTES = 8 * 1024 * 1024
 _PACKAGE = Path(__file__).parent.parent
@@ -73,12 +82,16 @@ def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     )
 
 
-def load_bundle(path: str | os.PathLike[str], trust: Trust | None = None) -> Bundle:
+def load_bundle(
+    path: str | os.PathLike[str], trust: Trust | None = None, *, stop: Stop | None = None
+) -> Bundle:
     """Read and verify the bundle in folder `path`. Raises BundleError and nothing else for a bad bundle.
 
-    Without `trust` only digests are checked: for tools that make bundles, never for serving them.
+    Without `trust` only digests are checked: for tools that make bundles, never for serving them. `stop` ends the work
+    between two payloads, or in the signature check.
     """
     path = Path(path)
+    stop = stop or Stop()
     where = f"bundle {path.name!r}"
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -88,17 +101,28 @@ def load_bundle(path: str | os.PathLike[str], trust: Trust | None = None) -> Bun
     # somebody can change it from outside the bundle.
     may_be_linked = path.resolve().parent == _packaged_folder().resolve()
     try:
+        # Before the signature is believed: nothing else may lie here, whatever the manifest will list.
+        _check_names(folder, where)
         raw = _read(folder, MANIFEST, MAX_MANIFEST_BYTES, where, may_be_linked)
-        signed_by = None if trust is None else _signer(folder, raw, trust, where, may_be_linked)
+        signed_by = None if trust is None else _signer(folder, raw, trust, where, may_be_linked, stop)
         manifest = parse_manifest(raw, where)
         _check_listing(folder, manifest, where)
         files: dict[str, bytes] = {}
         for entry in manifest.files:
+            stop.check()
             files[entry.name] = _payload(folder, entry, where, may_be_linked)
     finally:
         os.close(folder)
     stored = len(raw) + sum(entry.stored_size for entry in manifest.files)
     return Bundle(manifest, files, hashlib.sha256(raw).hexdigest(), stored, signed_by)
+
+
+async def load_bundle_async(path: str | os.PathLike[str], trust: Trust | None = None) -> Bundle:
+    """As `load_bundle`, without blocking the event loop: reading and unpacking take up to a second.
+
+    A cancelled caller ends the work and its child.
+    """
+    return await run_stoppable(lambda stop: load_bundle(path, trust, stop=stop), "load-bundle")
 
 
 def write_bundle(
@@ -127,7 +151,7 @@ def _write_bundle(path: Path, fresh: Path, fields: Mapping[str, Any], files: Map
         entries.append(
             FileEntry(name, len(plain), _sha256(plain), len(stored), _sha256(stored), compression="zstd")
         )
-        (fresh / f"{name}.zst").write_bytes(stored)
+        (fresh / f"{name}{_STORED}").write_bytes(stored)
     manifest = {"format": FORMAT, **fields, "files": entries}
     (fresh / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
     load_bundle(fresh)
@@ -177,8 +201,8 @@ def development_key() -> bytes:
     return (_PACKAGE / "keys" / "development.pub").read_bytes()
 
 
-def _signer(folder: int, raw: bytes, trust: Trust, where: str, may_be_linked: bool) -> str | None:
-    from edge_runtime.bundles.signing import MAX_RECORDS, RECORD_BYTES, verify_apart  # noqa: PLC0415
+def _signer(folder: int, raw: bytes, trust: Trust, where: str, may_be_linked: bool, stop: Stop) -> str | None:
+    from edge_runtime.bundles.signing import MAX_RECORDS, RECORD_BYTES, verify_isolated  # noqa: PLC0415
 
     if SIGNATURE not in os.listdir(folder):
         if trust.allow_unsigned:
@@ -188,7 +212,7 @@ def _signer(folder: int, raw: bytes, trust: Trust, where: str, may_be_linked: bo
         )
     signatures = _read(folder, SIGNATURE, MAX_RECORDS * RECORD_BYTES, where, may_be_linked)
     try:
-        return verify_apart(raw, signatures, trust.keys)
+        return verify_isolated(raw, signatures, trust.keys, stop=stop)
     except BundleError as error:
         raise BundleError(f"{where}: {error}") from None
 
@@ -226,17 +250,32 @@ def _read(folder: int, name: str, limit: int, where: str, may_be_linked: bool) -
         ) from None
 
 
+def _check_names(folder: int, where: str) -> None:
+    """Refuse files that no manifest could list."""
+    foreign = sorted(name for name in os.listdir(folder) if not _may_be_listed(name))
+    if foreign:
+        raise _unlisted(foreign[0], where)
+
+
+def _may_be_listed(name: str) -> bool:
+    return name in (MANIFEST, SIGNATURE) or (
+        name.endswith(_STORED) and is_payload(name.removesuffix(_STORED))
+    )
+
+
 def _check_listing(folder: int, manifest: Manifest, where: str) -> None:
-    listed = {MANIFEST, SIGNATURE, *(f"{entry.name}.zst" for entry in manifest.files)}
+    listed = {MANIFEST, SIGNATURE, *(f"{entry.name}{_STORED}" for entry in manifest.files)}
     unlisted = sorted(set(os.listdir(folder)) - listed)
     if unlisted:
-        raise BundleError(
-            f"{where}: {unlisted[0][:80]!r} is not listed in {MANIFEST}; remove it or copy again"
-        )
+        raise _unlisted(unlisted[0], where)
+
+
+def _unlisted(name: str, where: str) -> BundleError:
+    return BundleError(f"{where}: {name[:80]!r} is not listed in {MANIFEST}; remove it or copy again")
 
 
 def _payload(folder: int, entry: FileEntry, where: str, may_be_linked: bool) -> bytes:
-    stored_name = f"{entry.name}.zst"
+    stored_name = f"{entry.name}{_STORED}"
     stored = _read(folder, stored_name, entry.stored_size, where, may_be_linked)
     if len(stored) != entry.stored_size or _sha256(stored) != entry.stored_sha256:
         raise BundleError(

@@ -145,6 +145,11 @@ class Manifest(msgspec.Struct, frozen=True):
     metrics: dict[str, float | str] = {}
 
 
+def is_payload(name: str) -> bool:
+    """Whether a manifest may list a file of this name."""
+    return is_id(name) and name.endswith(_SUFFIXES)
+
+
 def parse_manifest(raw: bytes, where: str) -> Manifest:
     """Read and check a manifest whose signature held. Raises BundleError; `where` names the bundle in it."""
     try:

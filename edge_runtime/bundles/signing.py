@@ -4,23 +4,35 @@ A signature file holds one or more records of 16 bytes key id and 64 bytes signa
 nothing has to be parsed before the signature is checked. The signed message is a context word and the manifest's bytes
 exactly as stored (RFC 8032; because of the context, the signature is valid for nothing else).
 
-`cryptography` takes 9.5 MB of memory. The runtime therefore checks signatures in a child process that runs this
-module: a tenth of a second per bundle instead of memory for the life of the daemon.
+`cryptography` takes 9.5 MB of memory. The runtime therefore checks signatures in an isolated child that runs this
+module: a tenth of a second per bundle instead of memory for the life of the daemon. Which key signed is decided here,
+not by the child: it only says which of the records with a trusted key id holds, and any other answer is an error.
 """
 
 import base64
+import binascii
 import hashlib
 import json
-import subprocess
+import re
 import sys
 from collections.abc import Sequence
+from typing import IO
 
+from edge_runtime.bundles.isolated_child import IsolatedChild, leave_folder
+from edge_runtime.bundles.stoppable import Stop
 from edge_runtime.core.errors import BundleError
 
 CONTEXT = b"edge-runtime/bundle/v1\0"
 RECORD_BYTES = 16 + 64
 MAX_RECORDS = 8
 _CHECK_S = 30.0
+_MAX_OUTPUT_BYTES = 4096
+_REFUSED = 3  # exit code of the child: none of the signatures holds
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----")
+_KEY_HEAD = bytes.fromhex(
+    "302a300506032b6570032100"
+)  # SubjectPublicKeyInfo of Ed25519 (RFC 8410), then 32 bytes
+_KEY_BYTES = 32
 #: Public keys of small order, sign bit cleared: for such a key anybody can make a signature that holds for any
 #: message (measured with `cryptography` 50; the list is libsodium's).
 _SMALL_ORDER = frozenset(
@@ -35,6 +47,8 @@ _SMALL_ORDER = frozenset(
         "ee" + "ff" * 30 + "7f",
     )
 )
+
+_NOT_SIGNED = "the manifest is not what was signed; copy the bundle again, or sign it again"
 
 
 def generate() -> tuple[bytes, bytes]:
@@ -71,47 +85,82 @@ def key_id(public_pem: bytes) -> str:
 
 
 def verify(manifest: bytes, signatures: bytes, trusted: Sequence[bytes]) -> str:
-    """Return the id of the first trusted key (PEM) that signed. Raises BundleError if none did."""
-    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
+    """Return the id of the first trusted key (PEM) that signed. Raises BundleError if none did.
 
+    The library is loaded into this process: for tools and tests.
+    """
+    for key, signature in _candidates(signatures, trusted):
+        if _holds(manifest, key, signature):
+            return _id_of(key).hex()
+    raise BundleError(_NOT_SIGNED)
+
+
+def verify_isolated(
+    manifest: bytes, signatures: bytes, trusted: Sequence[bytes], *, stop: Stop | None = None
+) -> str:
+    """As `verify`, in an isolated child; see the text of the module. `stop` kills the child. Raises BundleError."""
+    candidates = _candidates(signatures, trusted)
+    parts = (manifest, *(key + signature for key, signature in candidates))
+    request = json.dumps([base64.b64encode(part).decode() for part in parts]).encode()
+
+    def feed(pipe: IO[bytes]) -> None:
+        pipe.write(request)
+
+    child = IsolatedChild(__name__, limit_s=_CHECK_S, max_output_bytes=_MAX_OUTPUT_BYTES)
+    try:
+        with (stop or Stop()).calls(child.kill):
+            done = child.run(feed)
+    except OSError as error:
+        raise BundleError(f"its signature could not be checked ({error.strerror}); try again") from None
+    if done.is_late:
+        raise BundleError(f"its signature could not be checked within {_CHECK_S:g} s; try again")
+    if done.code == _REFUSED:
+        raise BundleError(_NOT_SIGNED)
+    ids = [_id_of(key).hex() for key, _ in candidates]
+    answer = done.output.decode("ascii", "replace")
+    if done.code == 0 and answer in ids:
+        return answer
+    last = answer.strip().splitlines()[-1:] or [f"exit code {done.code}"]
+    raise BundleError(f"its signature could not be checked ({last[0][:200]}); repair the installation")
+
+
+def main() -> None:
+    """The child: read manifest and candidates from standard input, write the id of the key whose signature holds."""
+    leave_folder()
+    manifest, *candidates = map(base64.b64decode, json.load(sys.stdin))
+    for candidate in candidates:
+        key, signature = candidate[:_KEY_BYTES], candidate[_KEY_BYTES:]
+        if _holds(manifest, key, signature):
+            sys.stdout.write(_id_of(key).hex())
+            return
+    sys.exit(_REFUSED)
+
+
+def _candidates(signatures: bytes, trusted: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """The records with the id of a trusted key, as (raw key, signature). Raises BundleError if there are none."""
     count, rest = divmod(len(signatures), RECORD_BYTES)
     if rest or not 1 <= count <= MAX_RECORDS:
         raise BundleError("the signature file is damaged; copy the bundle again")
     keys = {_id_of(raw): raw for raw in map(_raw, trusted)}
     records = [signatures[i : i + RECORD_BYTES] for i in range(0, len(signatures), RECORD_BYTES)]
-    known = [record for record in records if record[:16] in keys]
-    if not known:
+    found = [(keys[record[:16]], record[16:]) for record in records if record[:16] in keys]
+    if not found:
         raise BundleError(
             f"it is signed by key {records[0][:16].hex()}, which is not trusted here; "
             "add its public half to [trust] keys if you trust its owner"
         )
-    for record in known:
-        try:
-            Ed25519PublicKey.from_public_bytes(keys[record[:16]]).verify(record[16:], CONTEXT + manifest)
-        except InvalidSignature:
-            continue
-        return record[:16].hex()
-    raise BundleError("the manifest is not what was signed; copy the bundle again, or sign it again")
+    return found
 
 
-def verify_apart(manifest: bytes, signatures: bytes, trusted: Sequence[bytes]) -> str:
-    """`verify` in a child process; see the text of the module. Raises BundleError."""
-    question = json.dumps([base64.b64encode(part).decode() for part in (manifest, signatures, *trusted)])
+def _holds(manifest: bytes, key: bytes, signature: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
+
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "edge_runtime.bundles.signing"],
-            input=question, capture_output=True, text=True, timeout=_CHECK_S, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BundleError(f"its signature could not be checked ({error}); try again") from None
-    if done.returncode == 0:
-        return done.stdout.strip()
-    # Exit code 3 comes with a sentence of ours; any other code is a failure of the checking process itself.
-    sentence = done.stderr.strip().splitlines()[-1:] or ["the checking process gave no reason"]
-    if done.returncode == 3:
-        raise BundleError(sentence[0])
-    raise BundleError(f"its signature could not be checked ({sentence[0][:200]}); repair the installation")
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, CONTEXT + manifest)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def _id_of(raw: bytes) -> bytes:
@@ -119,32 +168,17 @@ def _id_of(raw: bytes) -> bytes:
 
 
 def _raw(public_pem: bytes) -> bytes:
-    from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
-
+    """The 32 bytes of a public key, read without the library that checks. Raises BundleError."""
+    found = _PEM.search(public_pem)
     try:
-        key = form.load_pem_public_key(public_pem)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, Ed25519PublicKey):
+        der = b"" if found is None else base64.b64decode(b"".join(found[1].split()), validate=True)
+    except binascii.Error:
+        der = b""
+    raw = der.removeprefix(_KEY_HEAD)
+    if not der.startswith(_KEY_HEAD) or len(raw) != _KEY_BYTES:
         raise BundleError(
             "a trusted key is no Ed25519 public key in PEM; use the .pub file that keygen wrote"
         )
-    raw = key.public_bytes(form.Encoding.Raw, form.PublicFormat.Raw)
     if raw[:31] + bytes([raw[31] & 0x7F]) in _SMALL_ORDER:
         raise BundleError("a trusted key is of small order: anybody can sign for it; make another one")
     return raw
-
-
-def _main() -> int:
-    manifest, signatures, *trusted = map(base64.b64decode, json.load(sys.stdin))
-    try:
-        sys.stdout.write(verify(manifest, signatures, trusted))
-    except BundleError as error:
-        sys.stderr.write(str(error))
-        return 3
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

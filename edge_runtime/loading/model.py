@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from edge_runtime.bundles.folder import Bundle, Trust, find_bundle, load_bundle
+from edge_runtime.bundles.folder import Bundle, Trust, find_bundle, load_bundle, load_bundle_async
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import LatencyProfile, ModelInfo
@@ -98,7 +98,7 @@ async def load_model_soon(
     quarantine: Quarantine,
 ) -> Model:
     """As `load_model`; a trial does not hold up the event loop and ends with its caller."""
-    bundle = load_bundle(find_bundle(name_or_path), trust)
+    bundle = await load_bundle_async(find_bundle(name_or_path), trust)
     report = await quarantine.admit_async(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
     return build_model(bundle, threads=threads, max_batch=max_batch, report=report)
 

@@ -6,15 +6,14 @@ is probed once. A bundle whose probe was ended twice, by a limit or a crash, sta
 releases it; a refusal by our own checks does not count, because it was no risk and may be the fault of the device.
 """
 
-import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from edge_runtime.bundles.folder import Bundle
+from edge_runtime.bundles.stoppable import Stop, run_stoppable
 from edge_runtime.core.errors import BundleError
 from edge_runtime.engines.build import engine_version
 from edge_runtime.loading.sandbox import Ended, Limits, SandboxedLoad, is_possible
@@ -75,28 +74,24 @@ class Quarantine:
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             _log.warning("event=quarantine_file_reset path=%s error=%s", path, error)
 
-    def admit(self, bundle: Bundle, *, threads: int, max_batch: int) -> Report | None:
+    def admit(
+        self, bundle: Bundle, *, threads: int, max_batch: int, stop: Stop | None = None
+    ) -> Report | None:
         """Return the report of a bundle's probe, probing it if need be; None where this system has no sandbox.
 
         Raises BundleError for a bundle that must not be loaded: its probe was ended by a limit or crashed, it is in
-        quarantine, it is over the budget, or our own checks refused it.
+        quarantine, it is over the budget, or our own checks refused it. `stop` ends the probe, which then counts for
+        nothing.
         """
         known = self._known(bundle, threads, max_batch)
-        result = known.run() if isinstance(known, SandboxedLoad) else known
+        result = known.run(stop) if isinstance(known, SandboxedLoad) else known
         return self._settle(bundle, max_batch, known, result)
 
     async def admit_async(self, bundle: Bundle, *, threads: int, max_batch: int) -> Report | None:
         """As `admit`, without blocking the event loop; a cancelled caller ends the sandbox."""
-        known = self._known(bundle, threads, max_batch)
-        if not isinstance(known, SandboxedLoad):
-            return self._settle(bundle, max_batch, known, known)
-        with ThreadPoolExecutor(1, thread_name_prefix="sandbox") as thread:
-            try:
-                result = await asyncio.get_running_loop().run_in_executor(thread, known.run)
-            except asyncio.CancelledError:
-                known.kill()  # the thread then ends at once, and leaving this block waits for it
-                raise
-        return self._settle(bundle, max_batch, known, result)
+        return await run_stoppable(
+            lambda stop: self.admit(bundle, threads=threads, max_batch=max_batch, stop=stop), "sandbox"
+        )
 
     def report_of(self, digest: str) -> Report | None:
         """Return what the last probe of a bundle reported, if it passed."""

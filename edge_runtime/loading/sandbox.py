@@ -6,30 +6,21 @@ such a file costs an error message; in the daemon it would cost the device.
 
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import msgspec
 
+from edge_runtime.bundles.isolated_child import Finished, IsolatedChild
 from edge_runtime.bundles.manifest import Manifest
+from edge_runtime.bundles.stoppable import Stop
 from edge_runtime.core.errors import BundleError
 from edge_runtime.loading.sandbox_messages import READY, ProbeRequest, ProbeResult
 
+_CHILD = "edge_runtime.loading.sandbox_child"
 _MAX_OUTPUT_BYTES = 64 * 1024
-_PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[1:]; from edge_runtime.loading.sandbox_child import main; main()"
-)
-#: Systems differ in where libraries are found (Jetson, Nix); the child gets nothing else of the environment.
-_KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")
-#: One memory arena and no idle threads: each would map 64 MiB that it never uses.
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _OUT_OF_MEMORY = (b"bad_alloc", b"memory allocation of", b"MemoryError")
 
 
@@ -67,7 +58,7 @@ def is_possible() -> bool:
 
 
 class SandboxedLoad:
-    """One child. `run` from one thread, `kill` from any."""
+    """One probe of a bundle in one child."""
 
     def __init__(
         self, manifest: Manifest, files: Mapping[str, bytes], *, threads: int, max_batch: int, limits: Limits
@@ -78,70 +69,19 @@ class SandboxedLoad:
         self._max_batch = max_batch
         self._limits = limits
         self.memory_bytes = limits.memory_for(files, threads, max_batch)
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._is_killed = False
-        self._is_late = False
 
-    def run(self) -> ProbeResult | Ended:
+    def run(self, stop: Stop | None = None) -> ProbeResult | Ended:
         """Start the child, send it the bundle, wait for its result. The child has ended when this returns or raises.
 
-        Raises BundleError where no child can be started.
+        `stop` kills the child. Raises BundleError where no child can be started.
         """
-        with tempfile.TemporaryDirectory(prefix="edge-runtime-sandbox-") as folder:
-            child = self._start(folder)
-            clock = threading.Timer(self._limits.wall_s, self._be_late)
-            feeder = threading.Thread(target=self._feed, args=(child.stdin,), daemon=True)
-            clock.daemon = True
-            try:
-                clock.start()
-                feeder.start()
-                assert child.stdout is not None
-                output = child.stdout.read(_MAX_OUTPUT_BYTES)
-                if len(output) == _MAX_OUTPUT_BYTES:
-                    child.kill()
-                child.wait()
-            finally:
-                clock.cancel()
-                child.kill()
-                child.wait()
-                feeder.join()
-                assert child.stdout is not None
-                child.stdout.close()
-        return self._read(output, child.returncode)
-
-    def kill(self) -> None:
-        """Kill the child now, or as soon as it starts; `run` then returns Ended."""
-        with self._lock:
-            self._is_killed = True
-            if self._child is not None:
-                self._child.kill()
-
-    def _start(self, folder: str) -> "subprocess.Popen[bytes]":
-        # The same packages as here, and none from the working folder or the user's own site.
-        paths = [
-            str(Path(__file__).parent.parent.parent),
-            *(path for path in sys.path if Path(path).is_absolute()),
-        ]
-        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        with self._lock:
-            try:
-                self._child = subprocess.Popen(  # noqa: S603 - our own program
-                    [sys.executable, "-I", "-S", "-B", "-c", _PROGRAM, *paths],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                    cwd=folder, env=environment | _ENVIRONMENT, start_new_session=True,
-                )  # fmt: skip
-            except OSError as error:
-                raise BundleError(
-                    f"bundle {self._manifest.name!r}: its first load could not be started ({error.strerror}); try again"
-                ) from None
-            if self._is_killed:
-                self._child.kill()
-            return self._child
-
-    def _be_late(self) -> None:
-        self._is_late = True
-        self.kill()
+        child = IsolatedChild(_CHILD, limit_s=self._limits.wall_s, max_output_bytes=_MAX_OUTPUT_BYTES)
+        try:
+            with (stop or Stop()).calls(child.kill):
+                done = child.run(self._feed)
+        except OSError as error:
+            raise self._not_started(error.strerror or str(error), "try again") from None
+        return self._read(done)
 
     def _feed(self, pipe: IO[bytes]) -> None:
         sizes = {name: len(plain) for name, plain in self._files.items()}
@@ -149,26 +89,21 @@ class SandboxedLoad:
             self._manifest, sizes, self._threads, self._max_batch, self.memory_bytes,
             self._limits.cpu_s, self._limits.wall_s, os.getpid(),
         )  # fmt: skip
-        with suppress(OSError), pipe:  # the output of a child that ended early says why
-            pipe.write(msgspec.json.encode(request) + b"\n")
-            for plain in self._files.values():
-                pipe.write(plain)
+        pipe.write(msgspec.json.encode(request) + b"\n")
+        for plain in self._files.values():
+            pipe.write(plain)
 
-    def _read(self, output: bytes, code: int) -> ProbeResult | Ended:
+    def _read(self, done: Finished) -> ProbeResult | Ended:
         megabytes = f"{self.memory_bytes / 1e6:.0f} MB"
-        if self._is_late:
+        output, code = done.output, done.code
+        if done.is_late:
             return Ended(f"did not answer within {self._limits.wall_s:g} s")
-        if READY not in output and not self._is_killed:
+        if READY not in output:
             last = output.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"exit code {code}"]
-            raise BundleError(
-                f"bundle {self._manifest.name!r}: its first load could not be started ({last[0][:200]}); "
-                "repair the installation"
-            )
+            raise self._not_started(last[0][:200], "repair the installation")
         if code == 0:
             try:
-                result = msgspec.json.decode(
-                    output.rpartition(b"ready\n")[2].splitlines()[-1], type=ProbeResult
-                )
+                result = msgspec.json.decode(output.rpartition(READY)[2].splitlines()[-1], type=ProbeResult)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
                 return Ended("left without an answer")
             return (
@@ -179,6 +114,11 @@ class SandboxedLoad:
         if any(words in output for words in _OUT_OF_MEMORY):
             return Ended(f"needed more than {megabytes} of memory", True)
         return Ended(f"crashed the runner ({_name(code)})")
+
+    def _not_started(self, why: str, advice: str) -> BundleError:
+        return BundleError(
+            f"bundle {self._manifest.name!r}: its first load could not be started ({why}); {advice}"
+        )
 
 
 def _name(code: int) -> str:

@@ -10,11 +10,11 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from edge_runtime.bundles.isolated_child import leave_folder
 from edge_runtime.bundles.manifest import Manifest
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.engines.build import engine_version
@@ -37,8 +37,7 @@ def main() -> None:
     """Serve the one request on standard input."""
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=ProbeRequest)
     limit_process(request)
-    with suppress(OSError):
-        Path.cwd().rmdir()  # no file can be made in it now, and a parent that is killed leaves no folder behind
+    leave_folder()
     engine_version(request.manifest.engine)  # imports the runner, whose memory is no cost of the model
     before_bytes = resident_bytes()
     limit_memory(request.memory_bytes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from edge_runtime.caching.two_level import DiskStore, TwoLevelCache
 from edge_runtime.core.caching.cache import Cache
-from edge_runtime.core.caching.keys import ROUTING_PARAMETERS, KeyPrefix
+from edge_runtime.core.caching.keys import KeyPrefix, parameter_fields
 from edge_runtime.core.errors import InvalidRequest, RefusalKind, UnknownModel, refusal
 from edge_runtime.core.messages import (
     InferReply,
@@ -32,7 +32,8 @@ from edge_runtime.uplink.cloud_answer import Cloud
 
 __all__ = ["ServedModel", "Service"]
 
-_MOST_PREFIXES = 256  # callers choose parameters: the memo is bounded
+#: Callers choose parameters, so the memo of key prefixes is bounded: 256 of them with 1 KiB of text each.
+_MOST_PREFIXES, _MOST_PREFIX_CHARACTERS = 256, 1024
 
 
 class Service:
@@ -212,22 +213,21 @@ class Service:
     def _prefix(
         self, served: ServedModel, parameters: Mapping[str, Scalar], outputs: tuple[str, ...], tenant: str
     ) -> KeyPrefix:
-        values: tuple[str, ...] = ()
-        if parameters:  # repr: 1, 1.0, True and "1" differ, and so do 0.0 and -0.0
-            values = tuple(
-                f"{name}={value!r}" for name, value in parameters.items() if name not in ROUTING_PARAMETERS
-            )
-        memo = (tenant, served.info.digest, values, outputs)
+        fields = parameter_fields(parameters)
+        memo = (tenant, served.info.digest, fields, outputs)
         prefix = self._prefixes.get(memo)
         if prefix is None:
-            if len(self._prefixes) >= _MOST_PREFIXES:
-                self._prefixes.clear()
-            prefix = self._prefixes[memo] = KeyPrefix(
+            prefix = KeyPrefix(
                 hashlib.blake2b(tenant.encode(), key=self._device_secret, digest_size=32).digest(),
                 *served.key_parts,
                 parameters,
                 outputs,
             )
+            if sum(map(len, fields)) > _MOST_PREFIX_CHARACTERS:
+                return prefix
+            if len(self._prefixes) >= _MOST_PREFIXES:
+                self._prefixes.clear()
+            self._prefixes[memo] = prefix
         return prefix
 
 

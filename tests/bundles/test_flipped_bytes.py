@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from edge_runtime.bundles import folder as folder_module
-from edge_runtime.bundles import manifest, signing
+from edge_runtime.bundles import manifest
 from edge_runtime.bundles.folder import MANIFEST, SIGNATURE, Trust, development_key, find_bundle, load_bundle
 from edge_runtime.core.errors import BundleError
+from tests.bundles.quick_check import check_in_this_process
 
 TRUST = Trust((development_key(),))
 #: `make fuzz` flips each byte of the payloads too, a quarter of an hour for the model; every test run, many of them.
@@ -36,7 +37,7 @@ def parsed(monkeypatch):
     monkeypatch.setattr(folder_module, "parse_manifest", spied(manifest.parse_manifest, MANIFEST))
     monkeypatch.setattr(folder_module, "decompress", spied(folder_module.decompress, "payload"))
     # In this process: thousands of checks, each without a process of its own.
-    monkeypatch.setattr(signing, "verify_apart", signing.verify)
+    check_in_this_process(monkeypatch)
     return seen
 
 

@@ -26,6 +26,7 @@ from edge_runtime.cli.main import main
 from edge_runtime.config import Config, ServerSettings, TrustSettings
 from edge_runtime.core.errors import BundleError, ConfigError
 from edge_runtime.runtime import Runtime
+from tests.bundles.quick_check import check_in_this_process
 from tests.bundles.test_folder import FIELDS, PAYLOADS
 from tests.loading.test_model import DOUBLE, tensor_bundle
 
@@ -44,7 +45,7 @@ def folder(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Check in this process: hundreds of checks, each without a process of its own."""
-    monkeypatch.setattr(signing, "verify_apart", signing.verify)
+    check_in_this_process(monkeypatch)
 
 
 def test_a_signed_bundle_loads_and_names_its_signer(folder):

@@ -148,8 +148,13 @@ def rows(one):
         (text(top=0.0), text(top=-0.0), ("a", "a")),
         (text(), text(outputs=(OutputRequest("intent"),)), ("a", "a")),
         (text(outputs=(OutputRequest("intent"),)), text(outputs=(OutputRequest("scores"),)), ("a", "a")),
+        (
+            text(b"\x0a" + bytes(7) + b"confidence" + b"x", outputs=(OutputRequest("intent"),)),
+            text(b"x", outputs=(OutputRequest("intent"), OutputRequest("confidence"))),
+            ("a", "a"),
+        ),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_whatever_part_differs_nobody_gets_the_others_answer(model, first, second, tenants):
     async def scenario():

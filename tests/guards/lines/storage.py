@@ -11,6 +11,8 @@ FOLDER = "edge_runtime/bundles/folder.py"
 SIGNING = "edge_runtime/bundles/signing.py"
 ROLLBACK = "edge_runtime/bundles/rollback.py"
 TRUST = "edge_runtime/bundles/trust.py"
+CHILD = "edge_runtime/bundles/isolated_child.py"
+STOPPABLE = "edge_runtime/bundles/stoppable.py"
 SANDBOX = "edge_runtime/loading/sandbox.py"
 SANDBOX_CHILD = "edge_runtime/loading/sandbox_child.py"
 QUARANTINE = "edge_runtime/loading/quarantine.py"
@@ -22,6 +24,8 @@ LEVEL_TESTS = ("tests/serving/test_service_cache.py",)
 FOLDER_TESTS = ("tests/bundles/test_folder.py",)
 SIGNING_TESTS = ("tests/bundles/test_signing.py",)
 ROLLBACK_TESTS = ("tests/bundles/test_rollback.py",)
+CHILD_TESTS = ("tests/bundles/test_isolated_child.py",)
+STOPPABLE_TESTS = ("tests/bundles/test_stoppable.py",)
 SANDBOX_TESTS = ("tests/loading/test_sandbox.py",)
 
 GUARDS = [
@@ -228,15 +232,15 @@ GUARDS = [
     (
         "a false signature is refused",
         SIGNING,
-        "        except InvalidSignature:\n            continue\n",
-        "        except InvalidSignature:\n            pass\n",
+        "    except InvalidSignature:\n        return False\n",
+        "    except InvalidSignature:\n        return True\n",
         SIGNING_TESTS,
     ),
     (
         "only trusted keys count",
         SIGNING,
-        "known = [record for record in records if record[:16] in keys]",
-        "known = records",
+        "for record in records if record[:16] in keys]",
+        "for record in records for keys in [dict.fromkeys([record[:16]], next(iter(keys.values())))]]",
         SIGNING_TESTS,
     ),
     ("a key of small order is refused", SIGNING, "in _SMALL_ORDER:", "in ():", SIGNING_TESTS),
@@ -256,18 +260,94 @@ GUARDS = [
         SIGNING_TESTS,
     ),
     (
-        "the sandbox inherits no environment",
-        SANDBOX,
+        "a child inherits no environment",
+        CHILD,
         "env=environment | _ENVIRONMENT",
         "env=dict(os.environ) | _ENVIRONMENT",
-        SANDBOX_TESTS,
+        CHILD_TESTS,
     ),
-    ("the sandbox runs in an empty folder", SANDBOX, "cwd=folder, ", "", SANDBOX_TESTS),
+    ("a child runs in an empty folder", CHILD, "cwd=folder, ", "", CHILD_TESTS),
+    ("a child is isolated from the user", CHILD, '"-I", "-S", "-B"', '"-S", "-B"', CHILD_TESTS),
+    ("a child has no site packages of its own accord", CHILD, '"-I", "-S", "-B"', '"-I", "-B"', CHILD_TESTS),
+    (
+        "the standard library comes first",
+        CHILD,
+        "sys.path += sys.argv[1:]",
+        "sys.path[:0] = sys.argv[1:]",
+        CHILD_TESTS,
+    ),
+    ("the working folder is not on the path", CHILD, " and os.path.realpath(path) != here", "", CHILD_TESTS),
+    ("no relative path is on the path", CHILD, "Path(path).is_absolute() and", "", CHILD_TESTS),
     (
         "a silent child is ended by the clock",
-        SANDBOX,
+        CHILD,
         "                clock.start()\n",
-        "                threading.Timer(20, self._be_late).start()\n",
+        "                pass\n",
+        CHILD_TESTS,
+    ),
+    (
+        "an answer of the checker is a candidate's id",
+        SIGNING,
+        "done.code == 0 and answer in ids",
+        "done.code == 0",
+        CHILD_TESTS,
+    ),
+    (
+        "a checker that failed has no answer",
+        SIGNING,
+        "done.code == 0 and answer in ids",
+        "answer in ids",
+        CHILD_TESTS,
+    ),
+    (
+        "only a key with a record is an answer",
+        SIGNING,
+        "ids = [_id_of(key).hex() for key, _ in candidates]",
+        "ids = [key_id(pem) for pem in trusted]",
+        CHILD_TESTS,
+    ),
+    (
+        "foreign files are found before the signature is checked",
+        FOLDER,
+        "        _check_names(folder, where)\n",
+        "",
+        CHILD_TESTS,
+    ),
+    ("a cancelled check ends its child", SIGNING, "calls(child.kill)", "calls(lambda: None)", CHILD_TESTS),
+    ("a cancelled load ends between payloads", FOLDER, "            stop.check()\n", "", CHILD_TESTS),
+    (
+        "a bundle is verified off the event loop",
+        FOLDER,
+        'return await run_stoppable(lambda stop: load_bundle(path, trust, stop=stop), "load-bundle")',
+        "return load_bundle(path, trust)",
+        CHILD_TESTS,
+    ),
+    (
+        "a cancelled caller waits for its work",
+        STOPPABLE,
+        "            while not future.done():\n",
+        "            while False:\n",
+        STOPPABLE_TESTS,
+    ),
+    (
+        "a second cancel cuts nothing short",
+        STOPPABLE,
+        "                    continue  #",
+        "                    raise  #",
+        STOPPABLE_TESTS,
+    ),
+    (
+        "a stop before the step is seen",
+        STOPPABLE,
+        "        self.check()  # after",
+        "        #",
+        STOPPABLE_TESTS,
+    ),
+    (
+        "a cancelled caller ends the sandbox",
+        SANDBOX,
+        "calls(child.kill)",
+        "calls(lambda: None)",
         SANDBOX_TESTS,
     ),
     (
