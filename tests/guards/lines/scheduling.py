@@ -10,7 +10,7 @@ TESTS = tuple(
 )
 
 LINES = [
-    ("a batch is bounded", BATCHING, "rows = lane.split.batch(lane.waiting)", "rows = lane.waiting"),
+    ("a batch is bounded", BATCHING, "else lane.split.batch(lane.waiting)", "else lane.waiting"),
     ("a batch has one lane", QUEUEING, "queues = self.by_lane.get(lane, ())", "queues = [*self.queues()]"),
     (
         "a cancel touches one id",
