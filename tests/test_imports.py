@@ -98,6 +98,11 @@ def test_the_table_has_a_row_for_each_module_and_reaches_down_only():
     assert 0 < LAYERS["cloud_fallback"].reach < int(LAYERS["server"].name)
 
 
+def test_the_table_and_the_picture_stand_once():
+    for mark in ("\n## Layers\n", import_picture.BEGIN, import_picture.END):
+        assert PAGE.read_text().count(mark) == 1, mark
+
+
 def test_the_picture_of_imports_is_what_the_imports_say(capsys):
     assert import_picture.main(["--check"]) == 0, capsys.readouterr().err
 
