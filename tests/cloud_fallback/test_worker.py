@@ -61,7 +61,7 @@ class Rig:
             settings, "", {"echo": Loaded(model, self.runner)}, new_client=self.server.new_client
         )
         self.heard = []
-        self.device = self.server.new_client(Broker("", "d"), ConnectOptions("d", 0, True, 9, 30, 5.0), self)
+        self.device = self.server.new_client(Broker("", "d"), ConnectOptions("d", 9, 30, 5.0), self)
 
     def on_message(self, message, packet_id, qos):
         self.heard.append(message)
