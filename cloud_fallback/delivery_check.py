@@ -19,7 +19,10 @@ _WAIT_S = 3.0
 class DeliveryCheck:
     """Checks one connection at a time."""
 
-    def __init__(self, connection: Connection, worker: str, models: Iterable[str]) -> None:
+    def __init__(
+        self, connection: Connection, worker: str, models: Iterable[str], wait_s: float = _WAIT_S
+    ) -> None:
+        self.wait_s = wait_s
         self._connection = connection
         self._topics = {worker_check_topic(worker, model): asyncio.Event() for model in models}
 
@@ -34,10 +37,10 @@ class DeliveryCheck:
             came.clear()
             if await self._connection.subscribe(topic) >= 0x80:
                 continue
-            if await self._connection.publish(Message(topic, b"", expiry_s=int(_WAIT_S))) >= 0x80:
+            if await self._connection.publish(Message(topic, b"", expiry_s=max(1, int(self.wait_s)))) >= 0x80:
                 continue
             try:
-                async with asyncio.timeout(_WAIT_S):
+                async with asyncio.timeout(self.wait_s):
                     await came.wait()
             except TimeoutError:
                 model = topic.rsplit("/", 1)[1]

@@ -81,6 +81,7 @@ _COUNTED = (
     "answered",
     "duplicates",
     "busy",
+    "dropped",
     "foreign",
     "expired_replies",
     "refused_replies",
@@ -218,6 +219,9 @@ class Worker:
             topic = parse_request_topic(message.topic)
         except InvalidRequest:
             self.counters["foreign"] += 1
+            return
+        if len(self._tasks) > self._config.max_in_flight + 2 * RECEIVE_MAXIMUM:
+            self.counters["dropped"] += 1  # the broker ignores Receive Maximum; the edge asks again
             return
         key = key_of(message)
         if self._duplicates.is_running(key):

@@ -518,7 +518,9 @@ def test_a_subscription_that_is_refused_is_named():
 def test_a_broker_that_wrongly_says_nobody_listens_is_found_out():
     async def scenario(edge):
         route = edge.server.route
-        edge.server.route = lambda message: route(message) and 0 or (0x10 if "/req/" in message.topic else 0)
+        edge.server.route = lambda message: (
+            (route(message) and 0) or (0x10 if "/req/" in message.topic else 0)
+        )
         edge.cloud.delay_s = 0.05
         assert await edge.reason() is Reason.CLOUD_ABSENT
         await asyncio.sleep(0.1)
