@@ -54,7 +54,7 @@ def worker_state_topic(worker: str) -> str:
 
 def worker_check_topic(worker: str, model: str) -> str:
     """Where a worker publishes to itself, to learn whether the broker delivers requests for `model` to it."""
-    return f"{_ROOT}/_worker/{_checked('worker', worker)}/req/{_checked('model', model)}"
+    return f"{_ROOT}/_worker/{checked_id('worker', worker)}/req/{checked_id('model', model)}"
 
 
 def is_worker_check(topic: str) -> bool:
@@ -64,12 +64,12 @@ def is_worker_check(topic: str) -> bool:
 
 def device_client_id(tenant: str, device: str) -> str:
     """The MQTT client id of a device. No id holds a colon, so two devices, or a device and a worker, never share one."""
-    return f"edge:{_checked('tenant', tenant)}:{_checked('device', device)}"
+    return f"edge:{checked_id('tenant', tenant)}:{checked_id('device', device)}"
 
 
 def worker_client_id(worker: str) -> str:
     """The MQTT client id of a worker; see `device_client_id`."""
-    return f"worker:{_checked('worker', worker)}"
+    return f"worker:{checked_id('worker', worker)}"
 
 
 def worker_filter(group: str, model: str) -> str:
