@@ -43,8 +43,8 @@ class CloudConfig(BrokerSettings, frozen=True):
     """Engines of each model, each in a thread of its own."""
     depth: Positive = 1
     """Batches that each engine is handed at a time; 2 hides the copies to a GPU."""
-    max_in_flight: Positive = 64
-    """Requests that the broker may deliver before the first is acknowledged."""
+    max_in_flight: Positive = 1024
+    """Requests that this worker holds without having answered them; further ones are refused as busy."""
     batch: WorkerBatchSettings = WorkerBatchSettings()
     requests: RequestSettings = RequestSettings()
     trust: TrustSettings = TrustSettings()

@@ -31,9 +31,9 @@ async def serve(config: CloudConfig, announce: Callable[[str], None], *, again: 
         worker.connection.start()
         # The stack unwinds backwards: the worker drains before its models are closed.
         stack.push_async_callback(worker.drain)
-        while not stop.is_set() and not await worker.connection.wait_connected(1.0):
-            pass  # the connection logs why, once per cause
-        if worker.connection.is_connected:
+        while not stop.is_set() and not await worker.wait_ready(1.0):
+            pass  # the worker logs why, once per cause
+        if not worker.problem:
             announce(f"ready: {', '.join(models)} at {config.broker}")
         await stop.wait()
         _log.info("event=draining")

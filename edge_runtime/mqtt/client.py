@@ -3,6 +3,9 @@
 A client lives as long as one network connection: it is opened, reports events, and is closed. It owns the socket and
 the codec; it knows nothing of reconnecting, of windows or of what messages mean. To use another MQTT library, write
 one more adapter beside `paho_adapter` and give it to `Connection` as `new_client`.
+
+No session outlives its connection: every CONNECT asks for a clean start and a session that expires at once. Brokers
+deal requests to a kept session of a dead worker and lose them (docs/transport.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,17 +30,20 @@ class Broker:
     cert_file: str = ""
     key_file: str = ""
 
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether this client proves who it is. A broker that asks nobody lets anybody publish."""
+        return bool(self.username or self.cert_file)
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
     """What one CONNECT asks for. The will, retained, is `offline` on `state_topic`."""
 
     state_topic: str
-    session_expiry_s: int
-    is_clean_start: bool
     receive_maximum: int
     keepalive_s: int
-    timeout_s: float  # of each blocking step before the CONNECT packet is sent
+    timeout_s: float  # of connecting, and of the TLS handshake
 
 
 class Events(Protocol):
@@ -49,7 +55,7 @@ class Events(Protocol):
     def on_refused(self, code: int) -> None:
         """The broker refused the CONNECT with this reason code."""
 
-    def on_subscribed(self, codes: Sequence[int]) -> None:
+    def on_subscribed(self, packet_id: int, codes: Sequence[int]) -> None:
         """The broker answered a SUBSCRIBE, with one reason code for each filter."""
 
     def on_unsubscribed(self) -> None:
@@ -67,21 +73,24 @@ class Events(Protocol):
     def on_lost(self, reason: str) -> None:
         """The connection is over, by the network or by this side; `reason` is one clause."""
 
-    def on_unreadable(self, reason: str) -> None:
-        """The connection is over because the library could not read a packet, which may come again."""
-
 
 class Client(Protocol):
     """One network connection to a broker. Its methods are called on the event loop."""
 
     async def open(self) -> None:
-        """Connect and send the CONNECT packet; events come only after this has returned. Raises OSError, ValueError."""
+        """Connect and send the CONNECT packet; events come only after this has returned.
+
+        Raises OSError, ValueError. If it is cancelled, the client is closed and nothing of it keeps the process alive.
+        """
 
     def check_alive(self) -> bool:
         """Send pings as they fall due, about once a second; False once the broker has been silent for too long."""
 
-    def subscribe(self, filters: Sequence[str]) -> None:
-        """Subscribe at QoS 1; retained messages are not wanted, and those that come live stay marked as retained."""
+    def subscribe(self, filters: Sequence[str]) -> int:
+        """Subscribe at QoS 1 and return the packet id that the answer will carry.
+
+        Retained messages are not wanted, and those that come live stay marked as retained.
+        """
 
     def unsubscribe(self, filters: Sequence[str]) -> None:
         """Take no further messages of these filters."""
@@ -93,7 +102,7 @@ class Client(Protocol):
         """Confirm a message to the broker."""
 
     def disconnect(self) -> None:
-        """Send DISCONNECT, with which the session ends and the will is dropped."""
+        """Send DISCONNECT, with which the will is dropped."""
 
     def close(self) -> None:
         """Close the socket and report nothing more. Idempotent."""

@@ -8,11 +8,17 @@ Interleavings that the code guards against:
 - A message is acknowledged after its connection was lost. Packet ids belong to a connection: on the next one the
   same id may be another message, which nobody has dealt with yet. `Received.epoch` names the connection.
 - A publisher waits for a place in the window while the connection is lost and another comes. It must not send on the
-  new one with a place of the old window: `publish` checks after each wait that its link is still the current one.
+  new one with a place of the old window: `send` checks after each wait that its link is still the current one.
 - A publisher is cancelled between its PUBLISH and the PUBACK. Its place stays taken until the PUBACK, because the
   broker counts the message as in flight until then.
+- A PUBACK never comes, on a connection that is otherwise well. Its place would be lost for good, and with enough of
+  them the window; a connection is given up once a confirmation is overdue, and its window goes with it.
 - A client reports something after its connection was dropped. It reports to its own `_Link`, which nobody reads any
   more, never to the next connection.
+- `close` is cancelled in its only slow await (for the PUBACK of "offline"). Disconnecting, ending the task and dropping
+  the connection are in a `finally` without awaits, so nothing is left running.
+- The process did not run for a while (suspend, SIGSTOP, a blocked event loop). Confirmations of that time wait in the
+  socket; the time is not counted as the broker's.
 """
 
 import asyncio
@@ -32,13 +38,16 @@ _log = logging.getLogger(__name__)
 
 NO_SUBSCRIBERS = NO_MATCHING_SUBSCRIBERS
 _CONNECT_S = 5.0
-_KEEPALIVE_S = 30
 _CHECK_S = 1.0
-#: Reset the back-off only after this long: two clients with one id would otherwise reconnect in a tight loop.
+#: A PUBACK takes a round trip and the broker's bookkeeping; 5 s is two callers' whole patience of 2 s.
+_CONFIRM_S = 5.0
+#: What a slow link is given beside: 64 kbit/s, so that 100 kB on their way are not taken for a lost confirmation.
+_SLOW_LINK_BYTES_S = 8_000
+#: A check that comes this much late means that the process did not run.
+_GAP_S = 1.0
+#: Forget earlier outages only after this long: two clients with one id would otherwise reconnect in a tight loop.
 _STABLE_S = 10.0
 _SUSPICIOUS_LIVES = 3
-#: Where a person must change a configuration, trying fast only fills logs.
-_PATIENT_ATTEMPT = 6
 
 
 class LinkLost(EdgeRuntimeError):  # noqa: N818 - the fact it states
@@ -55,6 +64,15 @@ class Received:
     qos: int
 
 
+@dataclass(slots=True)
+class _Sent:
+    """A message without confirmation: the publisher's future, and when its confirmation is overdue."""
+
+    confirmed: "asyncio.Future[int]"
+    size_bytes: int
+    overdue_s: float
+
+
 class _Link:
     """What belongs to one network connection and ends with it. Its client reports to it."""
 
@@ -62,7 +80,7 @@ class _Link:
         self,
         epoch: int,
         subscriptions: tuple[str, ...],
-        max_in_flight: int,
+        window: int,
         on_up: Callable[["_Link"], None],
         on_received: Callable[["_Link", Received], None],
         on_over: Callable[[str], None],
@@ -71,15 +89,15 @@ class _Link:
         self.client: Client | None = None
         self.is_up = False
         self.is_retryable = True  # whether waiting can help; False: a person must change something
-        self.is_session_poisoned = False
         self.lost = asyncio.Event()
         self.unsubscribed: asyncio.Future[None] | None = None
         self.max_packet_bytes = MAX_PACKET_BYTES
         self.window = asyncio.Semaphore(1)
-        # packet id -> the publisher that waits for the broker's reason code
-        self.unconfirmed: dict[int, asyncio.Future[int]] = {}
+        self.unconfirmed: dict[int, _Sent] = {}
+        self.subscribing: dict[int, asyncio.Future[int]] = {}
+        self._in_flight_bytes = 0
         self._subscriptions = subscriptions
-        self._max_in_flight = max_in_flight
+        self._max_window = window
         self._on_up = on_up
         self._on_received = on_received
         self._on_over = on_over
@@ -87,7 +105,7 @@ class _Link:
     def on_accepted(self, max_packet_bytes: int | None, receive_maximum: int | None) -> None:
         self.max_packet_bytes = min(MAX_PACKET_BYTES, max_packet_bytes or MAX_PACKET_BYTES)
         # One place is left for our own state message.
-        places = min(self._max_in_flight, receive_maximum or 65_535) - 1
+        places = min(self._max_window, receive_maximum or 65_535) - 1
         self.window = asyncio.Semaphore(max(1, places))
         assert self.client is not None
         if self._subscriptions:
@@ -99,11 +117,17 @@ class _Link:
         self.is_retryable = classify(code) is not ReasonClass.CONFIGURATION
         self.on_lost(f"the broker refused us: {in_words(code)}")
 
-    def on_subscribed(self, codes: Sequence[int]) -> None:
-        refused = [code for code in codes if code >= 0x80]
+    def on_subscribed(self, packet_id: int, codes: Sequence[int]) -> None:
+        extra = self.subscribing.pop(packet_id, None)
+        if extra is not None:  # of `Connection.subscribe`
+            if not extra.done():
+                extra.set_result(codes[0])
+            return
+        refused = [(t, c) for t, c in zip(self._subscriptions, codes, strict=False) if c >= 0x80]
         if refused:
-            self.is_retryable = classify(refused[0]) is not ReasonClass.CONFIGURATION
-            self.on_lost(f"the broker refused a subscription: {in_words(refused[0])}")
+            topic, code = refused[0]
+            self.is_retryable = classify(code) is not ReasonClass.CONFIGURATION
+            self.on_lost(f"the broker refused the subscription to {topic}: {in_words(code)}")
         else:
             self._come_up()
 
@@ -112,23 +136,19 @@ class _Link:
             self.unsubscribed.set_result(None)
 
     def on_confirmed(self, packet_id: int, code: int) -> None:
-        confirmed = self.unconfirmed.pop(packet_id, None)
-        if confirmed is None:
+        sent = self.unconfirmed.pop(packet_id, None)
+        if sent is None:
             return  # our state message, which takes no place
+        self._in_flight_bytes -= sent.size_bytes
         self.window.release()
-        if not confirmed.done():
-            confirmed.set_result(code)
+        if not sent.confirmed.done():
+            sent.confirmed.set_result(code)
 
     def on_message(self, message: Message, packet_id: int, qos: int) -> None:
         self._on_received(self, Received(message, self.epoch, packet_id, qos))
 
     def on_disconnected(self, code: int) -> None:
         self.on_lost(f"disconnected: {in_words(code)}")
-
-    def on_unreadable(self, reason: str) -> None:
-        # What the library could not read comes back with a kept session and would end each connection in turn.
-        self.is_session_poisoned = True
-        self.on_lost(reason)
 
     def on_lost(self, reason: str) -> None:
         """Note that the connection is over. What is reported first is the cause, the rest follows from it and is ignored."""
@@ -141,13 +161,30 @@ class _Link:
         self.is_up = True
         self._on_up(self)
 
-    def fail_unconfirmed(self, reason: str) -> None:
+    def expect(self, packet_id: int, size_bytes: int, now_s: float) -> "asyncio.Future[int]":
+        """Return the future of a message's confirmation."""
+        self._in_flight_bytes += size_bytes
+        overdue_s = now_s + _CONFIRM_S + self._in_flight_bytes / _SLOW_LINK_BYTES_S
+        sent = _Sent(asyncio.get_running_loop().create_future(), size_bytes, overdue_s)
+        self.unconfirmed[packet_id] = sent
+        return sent.confirmed
+
+    def is_overdue(self, now_s: float, gap_s: float) -> bool:
+        """Whether a confirmation is missing for too long; `gap_s` of the time this process did not run."""
+        for sent in self.unconfirmed.values():
+            sent.overdue_s += gap_s
+        return any(now_s >= sent.overdue_s for sent in self.unconfirmed.values())
+
+    def fail_waiting(self, reason: str) -> None:
         """Tell every publisher that its confirmation will not come, and wake those that wait for a place."""
+        lost = f"The connection to the broker was lost ({reason})."
         unconfirmed, self.unconfirmed = self.unconfirmed, {}
-        for confirmed in unconfirmed.values():
+        subscribing, self.subscribing = self.subscribing, {}
+        for sent in unconfirmed.values():
             self.window.release()
-            if not confirmed.done():
-                confirmed.set_exception(LinkLost(f"The connection to the broker was lost ({reason})."))
+            _fail(sent.confirmed, LinkLost(lost))
+        for future in subscribing.values():
+            _fail(future, LinkLost(lost))
 
 
 class Connection:
@@ -160,9 +197,10 @@ class Connection:
         subscriptions: tuple[str, ...],
         state_topic: str,
         on_message: Callable[[Received], None],
+        on_up: Callable[[], None] = lambda: None,
         on_lost: Callable[[], None] = lambda: None,
-        session_expiry_s: int = 0,
-        max_in_flight: int = 64,
+        window: int = 64,
+        keepalive_s: int = 30,
         backoff: Backoff | None = None,
         draw: Callable[[], float] = random.random,
         new_client: NewClient = PahoClient,
@@ -170,18 +208,18 @@ class Connection:
     ) -> None:
         """`state_topic` carries "online", or "offline" by the last will, retained.
 
-        `on_lost` is called once for each connection that ends. A session kept for `session_expiry_s` redelivers what
-        was not acknowledged on the next connection; 0 is a clean start each time. `connect_s` bounds connecting and
-        the broker's answer to it, each.
+        `on_up` is called for each connection that the broker and its access rules accepted, `on_lost` once for each
+        that ends. At most `window` messages without acknowledgement are on their way in each direction, fewer where
+        the broker says so. `connect_s` bounds connecting and the broker's answer to it, each.
         """
-        self._subscriptions = subscriptions
-        self._max_in_flight = max_in_flight
         self._broker = broker
+        self._subscriptions = subscriptions
         self._state_topic = state_topic
         self._on_message = on_message
-        self._on_lost = on_lost
-        self._session_expiry_s = session_expiry_s
-        self._is_session_poisoned = False
+        self._report_up = on_up
+        self._report_lost = on_lost
+        self._window = window
+        self._keepalive_s = keepalive_s
         self._backoff = backoff or Backoff(cap_s=30.0)
         self._draw = draw
         self._new_client = new_client
@@ -216,25 +254,32 @@ class Connection:
 
         Raises LinkLost, and TooLarge for what the broker would answer by closing the connection.
         """
-        link = self._link
-        if link is None or link.client is None or not self.is_connected:
-            raise LinkLost(f"No connection to the broker ({self.last_error}).")
-        size = message.packet_bytes
-        if size > link.max_packet_bytes:
-            raise TooLarge(f"The message takes {size} bytes; the broker accepts {link.max_packet_bytes}.")
+        return await (await self.send(message))
+
+    async def send(self, message: Message) -> "asyncio.Future[int]":
+        """Wait for a place in the window and send at QoS 1; return the future of the broker's reason code.
+
+        Once this has returned, the message has left this side. The future ends with LinkLost where the connection does;
+        whoever is not interested in it may drop it. Raises as `publish`.
+        """
+        link, _ = self._current()
+        size_bytes = message.packet_bytes
+        if size_bytes > link.max_packet_bytes:
+            raise TooLarge(
+                f"The message takes {size_bytes} bytes; the broker accepts {link.max_packet_bytes}."
+            )
         window = link.window
         await window.acquire()
-        if link is not self._link:
+        if link is not self._link or link.client is None:
             window.release()  # wakes the next publisher of the same lost connection
             raise LinkLost("The connection to the broker was lost while waiting for its window.")
         packet_id = link.client.publish(message)
         if packet_id is None:
             window.release()
+            link.on_lost("connection lost")  # noticed before the socket reports it
             raise LinkLost("The connection to the broker is gone.")
-        confirmed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         # A publisher that is cancelled from here on leaves its place taken, see the module's text.
-        link.unconfirmed[packet_id] = confirmed
-        return await confirmed
+        return link.expect(packet_id, size_bytes, asyncio.get_running_loop().time())
 
     def acknowledge(self, received: Received) -> None:
         """Confirm a message to the broker; for a message of an earlier connection do nothing."""
@@ -242,13 +287,23 @@ class Connection:
         if link is not None and link.client is not None and received.epoch == link.epoch:
             link.client.acknowledge(received.packet_id, received.qos)
 
+    async def subscribe(self, topic: str) -> int:
+        """Subscribe beside the subscriptions of every connection, on this one only; return the broker's reason code.
+
+        Raises LinkLost.
+        """
+        link, client = self._current()
+        granted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        link.subscribing[client.subscribe((topic,))] = granted
+        return await granted
+
     async def unsubscribe(self, timeout_s: float = 2.0) -> None:
         """Take no further messages."""
-        link = self._link
-        if link is None or link.client is None or not self.is_connected:
+        if not self.is_connected:
             return
+        link, client = self._current()
         link.unsubscribed = asyncio.get_running_loop().create_future()
-        link.client.unsubscribe(self._subscriptions)
+        client.unsubscribe(self._subscriptions)
         try:
             async with asyncio.timeout(timeout_s):
                 await link.unsubscribed
@@ -256,98 +311,101 @@ class Connection:
             _log.warning("event=unsubscribe_unconfirmed")
 
     async def close(self) -> None:
-        """Publish "offline", disconnect, stop connecting. Idempotent."""
+        """Publish "offline", disconnect, stop connecting. Idempotent, and complete even if it is cancelled."""
         if self._task is None:
             return
-        link = self._link
-        if link is not None and link.client is not None and self.is_connected:
-            try:
+        try:
+            if self.is_connected:
                 async with asyncio.timeout(1.0):
                     await self.publish(Message(self._state_topic, b"offline", retain=True))
-            except (TimeoutError, EdgeRuntimeError) as error:
-                _log.warning("event=offline_not_published error=%s", error)
-            link.client.disconnect()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._task = None
-        self._drop("closed")
+        except (TimeoutError, EdgeRuntimeError) as error:
+            _log.warning("event=offline_not_published error=%s", error)
+        finally:  # without an await: see the module's text
+            link = self._link
+            if link is not None and link.client is not None and link.is_up:
+                link.client.disconnect()
+            self._task.cancel()
+            self._drop("closed")
+        await asyncio.wait({self._task})
+
+    def _current(self) -> tuple[_Link, Client]:
+        link = self._link
+        if link is None or link.client is None or not self.is_connected:
+            raise LinkLost(f"No connection to the broker ({self.last_error}).")
+        return link, link.client
 
     async def _stay_connected(self) -> None:
         loop = asyncio.get_running_loop()
-        attempt = short_lives = 0
+        short_lives = 0
         reported = ""
+        out_since_s = loop.time()
         while True:
             connects = self.connects
             began_s = loop.time()
             self._epoch += 1
             link = _Link(
-                self._epoch,
-                self._subscriptions,
-                self._max_in_flight,
-                self._on_up,
-                self._on_received,
-                self._on_over,
+                self._epoch, self._subscriptions, self._window, self._on_up, self._on_received, self._on_over
             )
             try:
                 client = self._new_client(self._broker, self._options(), link)
                 await client.open()
                 self._link, link.client = link, client
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no thread can be started
                 self.last_error = f"connecting failed: {error}"
             else:
                 await self._serve(link, client)
                 if self.connects > connects:
                     reported = ""
                 if loop.time() - began_s > _STABLE_S:
-                    attempt = short_lives = 0
+                    out_since_s = loop.time()
+                    short_lives = 0
                 elif self.connects > connects:
                     short_lives += 1
             if short_lives >= _SUSPICIOUS_LIVES:
                 # mosquitto 2.0.11 closes without a word when a session is taken over.
                 self.last_error += "; it was welcome and lost again several times, as when another client has the same client id"
             self._drop(self.last_error)
-            if link.is_session_poisoned:
-                self._is_session_poisoned = True
-            if not link.is_retryable:
-                attempt = max(attempt, _PATIENT_ATTEMPT)
             if self.last_error != reported:  # once per cause: a device may be without a network for weeks
                 reported = self.last_error
                 _log.warning("event=broker_unavailable why=%r", reported)
-            await asyncio.sleep(self._backoff.delay_s(attempt, self._draw))
-            attempt += 1
+            if link.is_retryable:
+                await asyncio.sleep(self._backoff.delay_s(loop.time() - out_since_s, self._draw))
+            else:  # where a person must change something, trying soon only fills logs
+                await asyncio.sleep(self._backoff.longest_s(self._draw))
 
     def _options(self) -> ConnectOptions:
-        return ConnectOptions(
-            state_topic=self._state_topic,
-            session_expiry_s=self._session_expiry_s,
-            is_clean_start=self._session_expiry_s == 0 or self._is_session_poisoned,
-            receive_maximum=self._max_in_flight,
-            keepalive_s=_KEEPALIVE_S,
-            timeout_s=self._connect_s,
-        )
+        return ConnectOptions(self._state_topic, self._window, self._keepalive_s, self._connect_s)
 
     async def _serve(self, link: _Link, client: Client) -> None:
         """Let the client tend its timers until the connection is lost."""
         loop = asyncio.get_running_loop()
-        began_s = loop.time()
+        check_s = min(_CHECK_S, self._connect_s)
+        began_s = checked_s = loop.time()
         while not link.lost.is_set():
             try:
-                async with asyncio.timeout(min(_CHECK_S, self._connect_s)):
+                async with asyncio.timeout(check_s):
                     await link.lost.wait()
             except TimeoutError:
+                now_s = loop.time()
+                late_s = now_s - checked_s - check_s
+                gap_s = late_s if late_s > _GAP_S else 0.0
+                checked_s = now_s
+                began_s += gap_s
                 if not client.check_alive():
                     link.on_lost("the broker is silent")
-                if not link.is_up and loop.time() - began_s >= self._connect_s:
+                elif not link.is_up and now_s - began_s >= self._connect_s:
                     link.on_lost("the broker accepts connections but does not answer")
+                elif link.is_overdue(now_s, gap_s):
+                    link.on_lost("the broker did not confirm a message in time")
 
     def _on_up(self, link: _Link) -> None:
         """The broker accepted us and our subscriptions."""
         assert link.client is not None
-        self._is_session_poisoned = False
         link.client.publish(Message(self._state_topic, b"online", retain=True))
         self.connects += 1
         self.last_error = ""
         self._up.set()
+        self._report_up()
 
     def _on_received(self, link: _Link, received: Received) -> None:
         if received.message.retain:  # a request planted for every worker to come: never executed
@@ -360,12 +418,18 @@ class Connection:
         self.last_error = reason
 
     def _drop(self, reason: str) -> None:
-        """Forget the connection; everybody that waits for it learns so."""
+        """Forget the connection; everybody that waits for it learns so. Without effect where there is none."""
         self._up.clear()
         link, self._link = self._link, None
         if link is None:
             return
         if link.client is not None:
             link.client.close()
-        link.fail_unconfirmed(reason)
-        self._on_lost()
+        link.fail_waiting(reason)
+        self._report_lost()
+
+
+def _fail(future: "asyncio.Future[int]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # mark as seen: whoever waited may be gone

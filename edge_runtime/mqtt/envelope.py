@@ -1,6 +1,8 @@
 """An Open Inference Protocol body inside an MQTT message: HTTP's headers become properties, large bodies shrink."""
 
+import binascii
 import hashlib
+import re
 from dataclasses import dataclass
 
 from edge_runtime.compression import compress, decompress
@@ -15,6 +17,10 @@ _JSON_LENGTH = "Inference-Header-Content-Length"
 _DIGEST = "Content-Digest"
 _ENCODING = "Content-Encoding"
 _ACCEPT = "Accept-Encoding"
+#: What earlier releases sent: the digest of the body before its compression, bare.
+_BARE_HEX = re.compile(r"[0-9a-f]{64}")
+#: A member of RFC 9530's dictionary of digests: algorithm, and base64 between colons (RFC 8941).
+_DIGEST_MEMBER = re.compile(r"\s*([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/]*={0,2}):\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ def pack(
     payload = body
     if may_compress and len(body) >= _COMPRESS_FROM_BYTES:
         payload = compress(body, 3)
-        user += [(_ENCODING, "zstd"), (_DIGEST, hashlib.sha256(body).hexdigest())]
+        user += [(_ENCODING, "zstd"), (_DIGEST, _digest_of(payload))]
     return Message(topic, payload, content_type, correlation, expiry_s, tuple(user))
 
 
@@ -77,13 +83,15 @@ def unpack(message: Message) -> tuple[bytes, int | None]:
         raise InvalidRequest("Correlation data must be the 16 bytes of the request id, or absent.")
     user = dict(message.user)
     body = message.payload
+    digest = user.get(_DIGEST)
+    if digest is not None and not _BARE_HEX.fullmatch(digest):
+        _check_digest(digest, body)
     encoding = user.get(_ENCODING)
     if encoding == "zstd":
         body = decompress(body, max_bytes=_MAX_PLAIN_BYTES, max_window_bytes=_MAX_PLAIN_BYTES)
     elif encoding is not None:
         raise Unsupported("Content-Encoding must be zstd or absent.")
-    digest = user.get(_DIGEST)
-    if digest is not None and digest != hashlib.sha256(body).hexdigest():
+    if digest is not None and _BARE_HEX.fullmatch(digest) and digest != hashlib.sha256(body).hexdigest():
         raise InvalidRequest("The body does not match its Content-Digest.")
     length = user.get(_JSON_LENGTH)
     if length is None:
@@ -91,3 +99,22 @@ def unpack(message: Message) -> tuple[bytes, int | None]:
     if not (length.isascii() and length.isdecimal() and len(length) <= 10):
         raise InvalidRequest(f"{_JSON_LENGTH} must be a number of bytes.")
     return body, int(length)
+
+
+def _digest_of(payload: bytes) -> str:
+    """`Content-Digest` of what is sent, after its compression (RFC 9530, section 2)."""
+    digest = binascii.b2a_base64(hashlib.sha256(payload).digest(), newline=False).decode("ascii")
+    return f"sha-256=:{digest}:"
+
+
+def _check_digest(digest: str, payload: bytes) -> None:
+    """Check SHA-256 where it is given; digests of other algorithms are ignored, as RFC 9530 asks.
+
+    Raises InvalidRequest for a digest that does not fit, and for what is no digest at all.
+    """
+    members = [_DIGEST_MEMBER.fullmatch(member) for member in digest.split(",")]
+    found = {member[1]: member[0].strip() for member in members if member is not None}
+    if None in members:
+        raise InvalidRequest('Content-Digest must be written as "sha-256=:<base64>:" (RFC 9530).')
+    if found.get("sha-256") not in (None, _digest_of(payload)):
+        raise InvalidRequest("The body does not match its Content-Digest.")

@@ -102,11 +102,13 @@ class FakeClient:
         """As the test set `is_alive`."""
         return self.is_alive
 
-    def subscribe(self, filters: Sequence[str]) -> None:
+    def subscribe(self, filters: Sequence[str]) -> int:
         """Subscribe to what the broker grants."""
         codes = [self._server.subscribe_code(wanted) for wanted in filters]
         self.filters += [wanted for wanted, code in zip(filters, codes, strict=True) if code < 0x80]
-        self._soon(lambda: self._events.on_subscribed(codes))
+        packet_id = next(self._sent)
+        self._soon(lambda: self._events.on_subscribed(packet_id, codes))
+        return packet_id
 
     def unsubscribe(self, filters: Sequence[str]) -> None:
         """Take no further messages of these filters."""

@@ -4,11 +4,17 @@ paho connects with blocking calls, so that part runs in a thread. Everything aft
 loop watches the socket and calls `loop_read` and `loop_write`; callbacks pass events on and do nothing else. paho's
 own reconnecting, queueing and in-flight window are switched off, because a client that reconnects carries state of
 the connection it lost (packet ids, a window it does not honour).
+
+Interleaving that the code guards against: `open` is cancelled or runs out of time while its thread waits for a name
+server, a SYN or a handshake. The thread cannot be interrupted. It is a daemon thread of its own, not one of the event
+loop's executor, which the end of `asyncio.run` would wait for; when its call returns, it closes the socket that nobody
+wants any more.
 """
 
 import asyncio
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +27,23 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_runtime.mqtt.client import MAX_PACKET_BYTES, Broker, ConnectOptions, Events
 from edge_runtime.mqtt.envelope import Message
+
+#: What a socket is told, beside what the system has as defaults.
+SOCKET_OPTIONS = (
+    # Without it a small packet waits for the last one's delayed acknowledgement: 88 ms instead of 1 ms.
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    # A route that dies silently is noticed in 10 s with data on the way and in 25 s without; each alone misses the other
+    # case (no notice within 75 s).
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+#: Name look-up, TCP and TLS share this many times the limit of each.
+_OPEN_TIMEOUTS = 3
+#: Threads that hang in a name look-up or a handshake which nobody waits for any more; each costs 8 MB of address space.
+_MAX_CONNECTING = 8
 
 
 class PahoClient:
@@ -36,12 +59,16 @@ class PahoClient:
 
     async def open(self) -> None:
         """Connect in a thread, since name look-up and handshakes block; then drive the socket from the loop."""
-        await asyncio.to_thread(self._connect)
+        try:
+            async with asyncio.timeout(_OPEN_TIMEOUTS * self._options.timeout_s):
+                await _in_daemon_thread(self._connect, self._close_abandoned)
+        except TimeoutError:
+            raise OSError("the name server or the broker does not answer") from None
         found = self._paho.socket()
         if not isinstance(found, socket.socket):
             raise OSError("the socket closed at once")
-        # Without it a small packet waits for the last one's delayed acknowledgement: 88 ms instead of 1 ms.
-        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for level, option, value in SOCKET_OPTIONS:
+            found.setsockopt(level, option, value)
         self._socket = found
         self._watch_socket(found)
 
@@ -49,8 +76,8 @@ class PahoClient:
         """Let paho send its ping and judge the broker's silence."""
         return self._paho.loop_misc() == paho.MQTT_ERR_SUCCESS
 
-    def subscribe(self, filters: Sequence[str]) -> None:
-        """Subscribe at QoS 1.
+    def subscribe(self, filters: Sequence[str]) -> int:
+        """Subscribe at QoS 1; return the packet id.
 
         Retained requests are planted ones: none is asked for, and retain-as-published keeps those that come live
         apart from the rest.
@@ -58,7 +85,8 @@ class PahoClient:
         options = SubscribeOptions(
             qos=1, retainAsPublished=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND
         )
-        self._paho.subscribe([(topic, options) for topic in filters])
+        _, packet_id = self._paho.subscribe([(topic, options) for topic in filters])
+        return packet_id or 0
 
     def unsubscribe(self, filters: Sequence[str]) -> None:
         """Take no further messages of these filters."""
@@ -74,10 +102,8 @@ class PahoClient:
         self._paho.ack(packet_id, qos)
 
     def disconnect(self) -> None:
-        """Send DISCONNECT; the session ends with it."""
-        end = Properties(PacketTypes.DISCONNECT)
-        end.SessionExpiryInterval = 0
-        self._paho.disconnect(properties=end)
+        """Send DISCONNECT."""
+        self._paho.disconnect()
 
     def close(self) -> None:
         """Take the socket off the loop and close it. Idempotent."""
@@ -98,16 +124,22 @@ class PahoClient:
         """Look up the name, connect, shake hands; paho then holds the CONNECT packet for the first write."""
         options, is_tls = self._options, self._place.scheme == "mqtts"
         connect = Properties(PacketTypes.CONNECT)
-        connect.SessionExpiryInterval = options.session_expiry_s
+        connect.SessionExpiryInterval = 0
         connect.ReceiveMaximum = options.receive_maximum
         connect.MaximumPacketSize = MAX_PACKET_BYTES
         self._paho.connect(
             self._place.hostname or "127.0.0.1",
             self._place.port or (8883 if is_tls else 1883),
             keepalive=options.keepalive_s,
-            clean_start=options.is_clean_start,
+            clean_start=True,
             properties=connect,
         )
+
+    def _close_abandoned(self) -> None:
+        """Close the socket of a connection that came after `open` had ended."""
+        found = self._paho.socket()
+        if isinstance(found, socket.socket):
+            found.close()
 
     def _new_paho(self, broker: Broker) -> paho.Client:
         client = paho.Client(
@@ -144,8 +176,8 @@ class PahoClient:
 
         client.on_connect = on_connect
         client.on_disconnect = on_disconnect
-        client.on_subscribe = lambda _client, _data, _id, codes, _granted: events.on_subscribed(
-            [code.value for code in codes]
+        client.on_subscribe = lambda _client, _data, packet_id, codes, _granted: events.on_subscribed(
+            packet_id, [code.value for code in codes]
         )
         client.on_unsubscribe = lambda *_: events.on_unsubscribed()
         client.on_publish = lambda _client, _data, packet_id, code, _granted: events.on_confirmed(
@@ -189,7 +221,7 @@ class PahoClient:
         try:
             code = step()
         except Exception as error:  # noqa: BLE001 - anything a hostile packet makes paho raise
-            self._events.on_unreadable(f"the broker sent what could not be read ({type(error).__name__})")
+            self._events.on_lost(f"the broker sent what could not be read ({type(error).__name__})")
             return
         if (
             code == paho.MQTT_ERR_SUCCESS or self._socket is None
@@ -198,7 +230,48 @@ class PahoClient:
         if code == paho.MQTT_ERR_CONN_LOST:
             self._events.on_lost("connection lost")
         else:  # paho met what it does not accept, and has closed its socket
-            self._events.on_unreadable(f"the broker sent what could not be read ({paho.error_string(code)})")
+            self._events.on_lost(f"the broker sent what could not be read ({paho.error_string(code)})")
+
+
+async def _in_daemon_thread(call: Callable[[], None], abandon: Callable[[], None]) -> None:
+    """Await `call` in a thread of its own. If the caller leaves earlier, `abandon` is called once `call` has ended.
+
+    Raises what `call` raises, and OSError where too many abandoned calls still hang.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[BaseException | None] = loop.create_future()
+    name = "mqtt-connect"
+    if sum(thread.name == name for thread in threading.enumerate()) >= _MAX_CONNECTING:
+        raise OSError("earlier attempts still hang in a name look-up or a handshake")
+
+    def finish(error: BaseException | None) -> None:
+        if done.cancelled():
+            abandon()
+        else:
+            done.set_result(error)
+
+    def work() -> None:
+        error: BaseException | None = None
+        try:
+            call()
+        except BaseException as raised:  # noqa: BLE001 - passed on to the caller
+            error = raised
+        try:
+            loop.call_soon_threadsafe(finish, error)
+        except RuntimeError:  # the event loop is closed: the process is ending
+            abandon()
+        finally:
+            del error
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    raised = await done
+    if raised is not None:
+        try:
+            raise raised
+        finally:
+            # The traceback refers to this frame and to paho's, which holds the socket of a failed handshake: in a cycle
+            # with them, it would stay open until the garbage collector comes by.
+            del raised, done
 
 
 def _message(packet: paho.MQTTMessage) -> Message:

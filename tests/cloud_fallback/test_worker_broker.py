@@ -230,11 +230,37 @@ def test_a_worker_with_two_instances_serves_tenants_and_priorities_on_both():
                 batch=WorkerBatchSettings(window="off"),
                 trust=TrustSettings(record="off"),
             )
-            lane = (await load_models(config, stack))["commands"].lane
+            lane = (await load_models(config, stack))["commands"].runner
             rows = [lane.run(b"turn the lights off", tenant="ab"[i % 2], priority=i % 3) for i in range(64)]
             answers = await asyncio.gather(*rows)
             assert {answer.values[0] for answer in answers} == {b"smart_home"}
             assert len(lane._supervisor._slots) == 2
             assert lane.statistics.executions >= 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (["topic write er/v1/#"], "does not deliver"),  # granted, and filtered at delivery
+        (["topic read er/v1/#", "topic write er/v1/_worker/#"], "refuses replies on er/v1/home/me/rsp"),
+        (["topic readwrite er/v1/#"], ""),
+    ],
+)
+def test_access_rules_that_keep_a_worker_from_working_are_named(broker, tmp_path, rules, words):
+    (tmp_path / "acl").write_text("".join(f"{rule}\n" for rule in rules))
+    (tmp_path / "acl").chmod(0o700)
+    broker.restart(f"acl_file {tmp_path}/acl")
+
+    async def scenario():
+        async with Cloud(broker) as cloud:
+            cloud.worker._check.wait_s = 0.2
+            if words != "does not deliver":
+                assert await cloud.worker.wait_ready(10)
+                cloud.worker._admit(ask("turn the lights off"))
+                await until(lambda: cloud.worker.counters["answered"] == 1)
+            await until(lambda: words in cloud.worker.problem)
+            assert bool(words) == bool(cloud.worker.problem)
 
     run(scenario)

@@ -9,7 +9,7 @@ from edge_runtime.core.errors import TooLarge
 from edge_runtime.mqtt.client import Broker
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost
 from edge_runtime.mqtt.envelope import Message
-from edge_runtime.mqtt.fake import FakeBroker
+from edge_runtime.mqtt.fake import FakeBroker, FakeClient
 from tests.virtual_time import run_virtual, settle
 
 STATE = "er/v1/home/c/state"
@@ -71,7 +71,6 @@ def test_it_subscribes_and_then_says_online():
         assert rig.client.filters == [RSP]
         assert rig.client.published == [Message(STATE, b"online", retain=True)]
         assert rig.client.options.state_topic == STATE
-        assert rig.client.options.is_clean_start
         assert (rig.link.is_connected, rig.link.last_error, rig.link.connects) == (True, "", 1)
 
     in_rig(scenario)
@@ -186,7 +185,7 @@ def test_our_own_window_holds_where_the_broker_announces_none():
         for one in tasks:
             one.cancel()
 
-    in_rig(scenario, max_in_flight=3)
+    in_rig(scenario, window=3)
 
 
 def test_a_cancelled_publisher_keeps_its_place_until_the_puback():
@@ -273,7 +272,10 @@ def test_a_socket_that_is_gone_gives_the_place_back():
     [
         ({"connect_code": 0x86}, "password"),
         ({"connect_code": 0x85}, "client id"),
-        ({"subscribe_code": lambda topic: 0x87}, "refused a subscription: the broker does not authorise"),
+        (
+            {"subscribe_code": lambda topic: 0x87},
+            f"refused the subscription to {RSP}: the broker does not authorise",
+        ),
         ({"unreachable": "no route"}, "connecting failed: no route"),
         ({"connect_code": None}, "does not answer"),
     ],
@@ -309,9 +311,29 @@ def attempts(script, seconds):
     return tried[0]
 
 
-def test_where_a_person_must_act_it_tries_seldom_and_else_soon():
-    assert attempts({"connect_code": 0x88}, 10) == 5  # after 0.5, 1, 2 and 4 s
+def test_where_a_person_must_act_it_tries_seldom_and_else_by_the_length_of_the_outage():
+    assert (
+        attempts({"connect_code": 0x88}, 10) == 12
+    )  # each 0.5 s for 2 s, then after a quarter of the outage
+    assert attempts({"unreachable": "refused"}, 100) == 22
     assert attempts({"connect_code": 0x86}, 10) == 1  # after 30 s, the cap
+
+
+@pytest.mark.parametrize("out_s", [0.3, 2.0, 10.0])
+def test_after_a_short_outage_it_is_back_within_three_seconds(out_s):
+    """Whatever the draws of the back-off are, and however often it tried."""
+
+    async def scenario():
+        for draw in (0.05, 0.3, 0.999):
+            async with Rig(draw=lambda draw=draw: draw) as rig:
+                await asyncio.sleep(60)
+                rig.server.unreachable = "connection refused"
+                rig.server.lose()
+                await asyncio.sleep(out_s)
+                rig.server.unreachable = ""
+                assert await rig.link.wait_connected(max(0.5, out_s / 4) + 0.01)
+
+    run_virtual(scenario)
 
 
 def test_a_silent_broker_is_given_up():
@@ -355,29 +377,16 @@ def test_a_stable_connection_resets_the_back_off_and_short_ones_name_the_likely_
             await settle()
             assert "same client id" not in rig.link.last_error
             assert await rig.link.wait_connected(0.3)  # the first delay, half of 0.5 s
-        for _ in range(4):
+        began_s = asyncio.get_running_loop().time()
+        for _ in range(40):
             rig.server.lose()
             await settle()
             lost = rig.link.last_error
             assert await rig.link.wait_connected(60)
         assert "same client id" in lost
+        assert asyncio.get_running_loop().time() - began_s > 60  # not in a tight loop
 
     in_rig(scenario)
-
-
-def test_after_an_unreadable_packet_a_kept_session_starts_clean_once():
-    async def scenario(rig):
-        assert not rig.client.options.is_clean_start
-        rig.client._events.on_unreadable("what could not be read")
-        await settle()
-        assert await rig.link.wait_connected(10)
-        assert rig.client.options.is_clean_start
-        rig.server.lose()
-        await settle()
-        assert await rig.link.wait_connected(10)
-        assert not rig.client.options.is_clean_start
-
-    in_rig(scenario, session_expiry_s=60)
 
 
 def test_unsubscribing_waits_for_the_broker_but_not_for_ever():
@@ -438,5 +447,154 @@ def test_closing_while_it_backs_off_is_quick():
         began_s = asyncio.get_running_loop().time()
         await rig.link.close()
         assert asyncio.get_running_loop().time() == began_s
+
+    run_virtual(scenario)
+
+
+def test_a_missing_confirmation_ends_the_connection_and_its_window_comes_back():
+    """The broker drops the PUBACKs of a stall and is well again: without an end the places are gone for good."""
+
+    async def scenario(rig):
+        rig.server.confirms = False
+        lost = [task(rig.link.publish(Message(RSP, b"%d" % i))) for i in range(2)]
+        await settle()
+        rig.server.confirms = True
+        blocked = task(rig.link.publish(Message(RSP, b"waits for a place")))
+        await asyncio.sleep(4)
+        assert not blocked.done()
+        await asyncio.sleep(3)
+        assert "did not confirm" in (await asyncio.gather(*lost, return_exceptions=True))[0].args[0]
+        with pytest.raises(LinkLost):
+            await blocked
+        assert await rig.link.wait_connected(10)
+        assert await asyncio.gather(*(rig.link.publish(Message(RSP, b"x")) for _ in range(9))) == [0] * 9
+
+    in_rig(scenario, receive_maximum=3)
+
+
+def test_confirmations_that_come_in_time_never_end_it():
+    async def scenario(rig):
+        rig.server.confirms = False
+        for _ in range(20):
+            waiting = task(rig.link.publish(Message(RSP, b"x")))
+            await asyncio.sleep(4.5)
+            rig.client.confirm(next(iter(rig.client.withheld.keys() - {1})))
+            assert await waiting == 0
+        assert rig.link.connects == 1
+
+    in_rig(scenario)
+
+
+def test_large_messages_have_the_time_of_a_slow_link():
+    async def scenario(rig):
+        rig.server.confirms = False
+        waiting = task(rig.link.publish(Message(RSP, bytes(100_000))))
+        await asyncio.sleep(15)
+        assert rig.link.is_connected
+        await asyncio.sleep(5)
+        assert isinstance((await asyncio.gather(waiting, return_exceptions=True))[0], LinkLost)
+
+    in_rig(scenario)
+
+
+def test_time_in_which_this_process_did_not_run_is_not_the_brokers():
+    async def scenario(rig):
+        rig.server.confirms = False
+        waiting = task(rig.link.publish(Message(RSP, b"x")))
+        await asyncio.sleep(1.5)
+        asyncio.get_running_loop().now_s += 3600  # suspended; the PUBACK waits in the socket
+        await asyncio.sleep(1.5)
+        assert rig.link.is_connected
+        for packet_id in list(rig.client.withheld):
+            rig.client.confirm(packet_id)
+        assert await waiting == 0
+
+    in_rig(scenario)
+
+
+def test_each_connection_that_comes_up_is_reported():
+    async def scenario(rig):
+        ups = []
+        rig.link._report_up = lambda: ups.append(rig.link.is_connected)
+        for _ in range(3):
+            rig.server.lose()
+            await settle()
+            assert await rig.link.wait_connected(60)
+        assert ups == [True, True, True]
+
+    in_rig(scenario)
+
+
+def test_a_further_subscription_returns_its_code_and_harms_nothing():
+    async def scenario(rig):
+        assert await rig.link.subscribe("a/b") == 1
+        assert rig.client.filters == [RSP, "a/b"]
+        rig.server.subscribe_code = lambda topic: 0x87
+        assert await rig.link.subscribe("c") == 0x87
+        assert rig.link.is_connected
+        rig.client._soon = lambda report: None  # the broker does not answer
+        waiting = task(rig.link.subscribe("d"))
+        await settle()
+        rig.client._events.on_lost("connection lost")
+        with pytest.raises(LinkLost):
+            await waiting
+
+    in_rig(scenario)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_cancelled_close_leaves_nothing_running(turns):
+    """Cancelled at each of its turns of the event loop, while the broker keeps the confirmation of "offline" back."""
+
+    async def scenario():
+        rig = Rig()
+        await rig.__aenter__()
+        rig.server.confirms = False
+        closing = task(rig.link.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        await settle()
+        running = {t.get_name() for t in asyncio.all_tasks()}
+        if turns > 0:  # cancelled before its first turn, a task has done nothing
+            assert "mqtt-connection" not in running
+            assert (rig.client.is_open, rig.client.is_disconnected, rig.link.is_connected) == (
+                False,
+                True,
+                False,
+            )
+        await rig.link.close()
+        assert "mqtt-connection" not in {t.get_name() for t in asyncio.all_tasks()}
+
+    run_virtual(scenario)
+
+
+def test_closing_twice_at_once_is_closing_once():
+    async def scenario(rig):
+        await asyncio.gather(rig.link.close(), rig.link.close())
+        assert rig.client.is_disconnected
+        assert "mqtt-connection" not in {t.get_name() for t in asyncio.all_tasks()}
+
+    in_rig(scenario)
+
+
+def test_an_attempt_to_connect_that_hangs_ends_with_the_close():
+    async def scenario():
+        rig = Rig()
+
+        async def hang(client):
+            await asyncio.get_running_loop().create_future()
+
+        original = FakeClient.open
+        FakeClient.open = hang
+        try:
+            rig.link.start()
+            await settle()
+            began_s = asyncio.get_running_loop().time()
+            await rig.link.close()
+            assert asyncio.get_running_loop().time() == began_s
+        finally:
+            FakeClient.open = original
 
     run_virtual(scenario)

@@ -9,7 +9,7 @@ from edge_runtime.mqtt.envelope import Message
 from edge_runtime.mqtt.fake import FakeBroker, _matches
 from tests.virtual_time import run_virtual, settle
 
-OPTIONS = ConnectOptions("s", 0, True, 10, 30, 5.0)
+OPTIONS = ConnectOptions("s", 10, 30, 5.0)
 
 
 @pytest.mark.parametrize(

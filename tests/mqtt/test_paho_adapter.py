@@ -215,7 +215,7 @@ def test_a_packet_at_which_paho_raises_does_not_end_the_event_loop(caplog):
         server = await asyncio.start_server(scripted(b"\x30\x05\x00\x01\xff\x00x"), "127.0.0.1", 0)
         link = connection(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         link.start()
-        await until(lambda: link.connects == 2)
+        await until(lambda: link.connects >= 2)
         await link.close()
         server.close()
 

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import subprocess
+import time
 
 import msgspec
 import numpy as np
@@ -12,7 +13,6 @@ from cloud_fallback.config import CloudConfig
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.bundles.folder import find_bundle, load_bundle, write_bundle
 from edge_runtime.config import CloudSettings, Config, ServerSettings, TrustSettings
-from edge_runtime.core.escalation.breaker import Breaker, BreakerLimits
 from edge_runtime.core.messages import InferRequest, Origin, OutputRequest, Reason, Tensor
 from edge_runtime.engines.fake import FakeBatch
 from edge_runtime.loading.model import load_model
@@ -123,9 +123,10 @@ def test_a_failing_cloud_degrades_its_own_request_and_a_silent_one_opens_the_bre
             assert (await runtime.ask(HARD)).reason is Reason.CLOUD_FAILED
             cloud.engine.fails = False
             assert (await runtime.ask(HARD)).origin is Origin.CLOUD
-            runtime.uplink.breaker = Breaker(BreakerLimits(min_count=1))  # so that one time-out is enough
             cloud.worker.connection._on_message = lambda received: None
             assert (await runtime.ask(f"{HARD} 1")).reason is Reason.CLOUD_LATE
+            silence = runtime.uplink._health("commands").breaker
+            silence.silent(time.monotonic_ns(), time.monotonic_ns())  # a second caller in a row
             assert (await runtime.ask(f"{HARD} 2")).reason is Reason.CLOUD_OPEN
 
     run(scenario)

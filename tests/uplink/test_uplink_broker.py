@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edge_runtime.core.escalation.breaker import Breaker, BreakerLimits, BreakerState
+from edge_runtime.core.escalation.breaker import BreakerLimits, BreakerState
 from edge_runtime.core.escalation.decision import CloudUnavailable
 from edge_runtime.core.messages import InferReply, InferRequest, Reason, Tensor
 from edge_runtime.core.protocol import oip
@@ -33,11 +33,11 @@ def soon(seconds=10.0):
 
 
 class Edge:
-    def __init__(self, broker, breaker=None):
+    def __init__(self, broker, **more):
         settings = SimpleNamespace(
-            broker=broker.url, tenant="home", username="", password_file="", ca_file="", cert_file="", key_file=""
+            broker=broker.url, tenant="home", timeout_s=2.0, username="", password_file="", ca_file="", cert_file="", key_file=""
         )  # fmt: skip
-        self.uplink = Uplink(settings, device="d1", breaker=breaker)
+        self.uplink = Uplink(settings, device="d1", **more)
 
     async def __aenter__(self):
         await self.uplink.start()
@@ -118,8 +118,9 @@ def test_cancelling_one_caller_leaves_the_others(broker):
             results = await asyncio.gather(*askers, return_exceptions=True)
             assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
             assert [r.outputs[0].data[0] for r in results[1::2]] == [b"1", b"3", b"5", b"7"]
-            await until(lambda: uplink.counters["unknown_reply"] == 4)
-            assert not uplink._open
+            await until(lambda: uplink.counters["late_reply"] == 4)
+            assert uplink.counters["unknown_reply"] == 0
+            assert not uplink._waiting
 
     run(scenario)
 
@@ -163,23 +164,37 @@ def test_replies_that_are_no_answers_have_their_reason(broker, spoil, reason):
     run(scenario)
 
 
-def test_silence_opens_the_breaker_and_one_good_probe_closes_it(broker):
+def test_silence_opens_the_breaker_and_an_answered_probe_lets_callers_through(broker):
+    """The clock is set forward instead of waiting."""
+    skipped_ns = [0]
+
     async def scenario():
-        breaker = Breaker(BreakerLimits(min_count=3, open_ns=300_000_000))
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker, breaker) as uplink:
-            for _ in range(3):
-                asking = uplink.ask("commands", question(), deadline_ns=soon(0.05))
-                assert await reason_of(asking) is Reason.CLOUD_LATE
+        clock_ns = lambda: time.monotonic_ns() + skipped_ns[0]  # noqa: E731
+        async with Listener(broker, REQUESTS) as cloud, Edge(broker, clock_ns=clock_ns) as uplink:
+            for _ in range(2):
+                asking = asyncio.create_task(
+                    uplink.ask("commands", question(), deadline_ns=clock_ns() + 50_000_000)
+                )
                 await cloud.heard.get()
-            assert uplink.link_state().is_breaker_open
-            assert (
-                await reason_of(uplink.ask("commands", question(), deadline_ns=soon())) is Reason.CLOUD_OPEN
+                assert await reason_of(asking) is Reason.CLOUD_LATE
+            health = uplink._health("commands")
+            health.tick(clock_ns() + 1_000_000_000)  # the time that is fair to the cloud is over
+            assert uplink.link_state("commands").is_breaker_open
+            asking = uplink.ask("commands", question(), deadline_ns=clock_ns() + 2_000_000_000)
+            assert await reason_of(asking) is Reason.CLOUD_OPEN
+            skipped_ns[0] += 2_000_000_000
+            uplink.link_state("commands")  # somebody wants to ask: the probe that is due goes out
+            probe = await cloud.heard.get()
+            assert oip.decode_request(*unpack(probe)).inputs == ()
+            refusal = oip.encode_error("no inputs", reason="invalid")
+            await cloud.connection.publish(Message(REPLY_TO, refusal, correlation=probe.correlation))
+            await until(lambda: health.breaker.state is BreakerState.HALF_OPEN)
+            asking = asyncio.create_task(
+                uplink.ask("commands", question(), deadline_ns=clock_ns() + 9_000_000_000)
             )
-            await until(lambda: breaker.state(time.monotonic_ns()) is BreakerState.HALF_OPEN)
-            probe = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon()))
             await cloud.connection.publish(answer(await cloud.heard.get()))
-            await probe
-            assert breaker.state(time.monotonic_ns()) is BreakerState.CLOSED
+            await asking
+            assert health.breaker.state is BreakerState.CLOSED
 
     run(scenario)
 
@@ -188,9 +203,10 @@ def test_what_is_too_large_to_send_says_nothing_about_the_cloud(broker):
     """Noise does not compress: 3 x 60 kB pass the packet limit. An open breaker must not close by it."""
 
     async def scenario():
-        breaker = Breaker(BreakerLimits(min_count=1, open_ns=0))
-        breaker.failed(breaker.permit(time.monotonic_ns()), time.monotonic_ns())
-        async with Edge(broker, breaker) as uplink:
+        async with Edge(broker, limits=BreakerLimits(silences=1)) as uplink:
+            breaker = uplink._health("commands").breaker
+            breaker.silent(0, 1)
+            breaker.probe_answered(2)  # it would close at the next answer, and open at the next fault
             noise = random.Random(1)
             texts = tuple(
                 "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(20_000)).encode()
@@ -199,7 +215,7 @@ def test_what_is_too_large_to_send_says_nothing_about_the_cloud(broker):
             large = InferRequest((Tensor("text", "BYTES", (3,), texts),))
             reason = await reason_of(uplink.ask("commands", large, deadline_ns=soon()))
             assert reason is Reason.CLOUD_REFUSED
-            assert breaker.state(time.monotonic_ns()) is not BreakerState.CLOSED
+            assert breaker.state is BreakerState.HALF_OPEN
             assert uplink.link_state().is_connected
 
     run(scenario)
@@ -207,14 +223,14 @@ def test_what_is_too_large_to_send_says_nothing_about_the_cloud(broker):
 
 def test_a_request_the_worker_calls_invalid_is_no_fault_of_the_cloud(broker):
     async def scenario():
-        breaker = Breaker(BreakerLimits(min_count=1))
-        async with Listener(broker, REQUESTS) as cloud, Edge(broker, breaker) as uplink:
+        limits = BreakerLimits(min_count=1)
+        async with Listener(broker, REQUESTS) as cloud, Edge(broker, limits=limits) as uplink:
             asking = asyncio.create_task(uplink.ask("commands", question(), deadline_ns=soon()))
             request = await cloud.heard.get()
             refusal = oip.encode_error("unknown input", reason="invalid")
             await cloud.connection.publish(Message(REPLY_TO, refusal, correlation=request.correlation))
             assert await reason_of(asking) is Reason.CLOUD_FAILED
-            assert breaker.state(time.monotonic_ns()) is BreakerState.CLOSED
+            assert uplink._health("commands").breaker.state is BreakerState.CLOSED
 
     run(scenario)
 

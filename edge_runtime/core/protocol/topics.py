@@ -4,6 +4,7 @@
     er/v1/{tenant}/{device}/rsp           worker -> that edge
     er/v1/{tenant}/{device}/state         "online" or "offline" of an edge, retained
     er/v1/_worker/{worker}/state          the same for a worker; no tenant can be called `_worker`
+    er/v1/_worker/{worker}/req/{model}    that worker -> itself: does the broker deliver what it granted?
 
 The reply topic follows from the request topic alone. A Response Topic property is never read: it would
 let one device have answers sent to another.
@@ -49,6 +50,26 @@ def device_state_topic(tenant: str, device: str) -> str:
 def worker_state_topic(worker: str) -> str:
     """Where a worker publishes, retained, whether it is online."""
     return f"{_ROOT}/_worker/{checked_id('worker', worker)}/state"
+
+
+def worker_check_topic(worker: str, model: str) -> str:
+    """Where a worker publishes to itself, to learn whether the broker delivers requests for `model` to it."""
+    return f"{_ROOT}/_worker/{checked_id('worker', worker)}/req/{checked_id('model', model)}"
+
+
+def is_worker_check(topic: str) -> bool:
+    """Whether a topic is a worker's message to itself; its whole group may get it, since the group's filter fits."""
+    return topic.startswith(f"{_ROOT}/_worker/")
+
+
+def device_client_id(tenant: str, device: str) -> str:
+    """The MQTT client id of a device. No id holds a colon, so two devices, or a device and a worker, never share one."""
+    return f"edge:{checked_id('tenant', tenant)}:{checked_id('device', device)}"
+
+
+def worker_client_id(worker: str) -> str:
+    """The MQTT client id of a worker; see `device_client_id`."""
+    return f"worker:{checked_id('worker', worker)}"
 
 
 def worker_filter(group: str, model: str) -> str:

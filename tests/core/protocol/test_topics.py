@@ -65,9 +65,36 @@ def test_names_that_are_no_ids_build_no_topic(name):
         lambda: topics.worker_filter("g", name),
         lambda: topics.worker_state_topic(name),
         lambda: topics.device_state_topic("t", name),
+        lambda: topics.device_client_id("t", name),
+        lambda: topics.device_client_id(name, "d"),
+        lambda: topics.worker_client_id(name),
+        lambda: topics.worker_check_topic("w", name),
+        lambda: topics.worker_check_topic(name, "m"),
     ):
         with pytest.raises(InvalidRequest):
             build()
+
+
+@given(IDS, IDS, IDS, IDS, IDS)
+def test_client_ids_are_injective_and_devices_and_workers_apart(a, b, c, d, worker):
+    one, other = topics.device_client_id(a, b), topics.device_client_id(c, d)
+    assert (one == other) == ((a, b) == (c, d))
+    assert one != topics.worker_client_id(worker)
+
+
+def test_ids_with_dots_do_not_merge():
+    assert topics.device_client_id("a.b", "c") != topics.device_client_id("a", "b.c")
+    assert topics.device_client_id("a", "b") == "edge:a:b"
+    assert topics.worker_client_id("a.b") == "worker:a.b"
+
+
+def test_a_workers_message_to_itself_is_no_request_and_fits_its_filter():
+    topic = topics.worker_check_topic("w1", "commands")
+    assert topic == "er/v1/_worker/w1/req/commands"
+    assert topics.is_worker_check(topic)
+    assert not topics.is_worker_check("er/v1/worker/w1/req/commands")
+    with pytest.raises(InvalidRequest):
+        topics.parse_request_topic(topic)
 
 
 def test_the_other_topics():
