@@ -30,9 +30,14 @@ class BoundedCloud:
         for wait in self._waits:
             wait.reschedule(ends_s)
 
-    def link_state(self) -> LinkState:
+    @property
+    def is_authenticated(self) -> bool:
+        """See `Cloud.is_authenticated`."""
+        return self._cloud.is_authenticated
+
+    def link_state(self, model: str) -> LinkState:
         """See `Cloud.link_state`."""
-        return self._cloud.link_state()
+        return self._cloud.link_state(model)
 
     async def ask(self, model: str, request: InferRequest, *, deadline_ns: int) -> InferReply:
         """See `Cloud.ask`; raises CloudUnavailable at the end of the drain, too."""

@@ -138,6 +138,11 @@ class Cascade:
         self._now_ns = now_ns
         self._log = log
 
+    @property
+    def may_keep_cloud_answers(self) -> bool:
+        """Whether an answer of the cloud may outlive its request. A stranger's answer may not: see docs/transport.md."""
+        return self._cloud is not None and self._cloud.is_authenticated
+
     def judge(
         self, model: Model, context: RequestContext, result: RowResult, *, has_earlier: bool
     ) -> Outcome | Pending | Refused | EngineFailed:
@@ -299,7 +304,7 @@ class Cascade:
             None if answer is None else answer.raw_score,
             model.info.accept_threshold,
             label.decode("utf-8", "replace") if isinstance(label, bytes) else "",
-            None if self._cloud is None else self._cloud.link_state(),
+            None if self._cloud is None else self._cloud.link_state(model.info.name),
             context.is_private,
             context.deadline_ns - self._now_ns(),
             refused,

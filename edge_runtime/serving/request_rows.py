@@ -329,6 +329,8 @@ class RequestRows:
         else:
             shared.flights.pass_on(flight, ended.own)
         is_final = outcome.origin is not Origin.CACHE and not outcome.is_degraded
+        if outcome.origin is Origin.CLOUD and not shared.cascade.may_keep_cloud_answers:
+            is_final = False
         # A model that was replaced meanwhile would fill the cache with answers that no request can ask for.
         if is_final and shared.cache is not None and shared.registry.is_current(served):
             shared.cache.put(

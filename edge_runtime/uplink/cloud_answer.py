@@ -10,8 +10,12 @@ from edge_runtime.processing import Processor, Question
 class Cloud(Protocol):
     """What escalation needs of the uplink."""
 
-    def link_state(self) -> LinkState:
-        """The state of the way to the cloud, now."""
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether the broker knows who publishes; where it does not, anybody may have sent an answer."""
+
+    def link_state(self, model: str) -> LinkState:
+        """The state of the way to the workers of a model, now, for the decision about one row."""
 
     async def ask(self, model: str, request: InferRequest, *, deadline_ns: int) -> InferReply:
         """Ask the cloud tier. Raises CloudUnavailable with the reason."""

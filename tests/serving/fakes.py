@@ -77,6 +77,8 @@ class Named:
 class NamedCloud:
     """Answers b"name@0.9" with b"cloud name", unless `reason` says why not. `gate` holds its answers."""
 
+    is_authenticated = True
+
     def __init__(self, *, version="1", p95_ns=0):
         self.version, self.p95_ns = version, p95_ns
         self.is_connected, self.is_breaker_open, self.reason = True, False, None
@@ -84,7 +86,7 @@ class NamedCloud:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    def link_state(self):
+    def link_state(self, model):
         return LinkState(self.is_connected, self.is_breaker_open, self.p95_ns)
 
     async def ask(self, model, request, *, deadline_ns):

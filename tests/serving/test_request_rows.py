@@ -171,7 +171,7 @@ def test_rows_without_room_are_spilled_and_the_others_stay():
 def test_a_defect_in_a_decision_ends_its_request_and_not_the_runner():
     async def scenario():
         class Defective(NamedCloud):
-            def link_state(self):
+            def link_state(self, model):
                 raise ZeroDivisionError
 
         one = named()

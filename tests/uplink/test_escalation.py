@@ -13,12 +13,13 @@ from cloud_fallback.config import CloudConfig
 from cloud_fallback.worker import Loaded, Worker
 from edge_runtime.bundles.folder import find_bundle, load_bundle, write_bundle
 from edge_runtime.config import CloudSettings, Config, ServerSettings, TrustSettings
-from edge_runtime.core.messages import InferRequest, Origin, OutputRequest, Reason, Tensor
+from edge_runtime.core.messages import InferReply, InferRequest, Origin, OutputRequest, Reason, Tensor
+from edge_runtime.core.protocol import oip
 from edge_runtime.engines.fake import FakeBatch
 from edge_runtime.loading.model import load_model
 from edge_runtime.mqtt.client import Broker
 from edge_runtime.mqtt.connection import Connection
-from edge_runtime.mqtt.envelope import Message, unpack
+from edge_runtime.mqtt.envelope import Message, pack, unpack
 from edge_runtime.runtime import Runtime
 from edge_runtime.serving.model_runner import ModelRunner
 
@@ -88,7 +89,7 @@ async def until(condition):
 
 def test_sure_answers_stay_and_unsure_ones_come_from_the_cloud_then_from_the_cache(broker):
     async def scenario():
-        async with Cloud(broker) as cloud, edge(broker) as runtime:
+        async with Cloud(broker) as cloud, edge(broker, username="d1") as runtime:
             assert await runtime.uplink.wait_connected(10)
             sure = await runtime.ask("turn the lights off")
             assert (sure.origin, sure.reason) == (Origin.LOCAL, Reason.CONFIDENT)
@@ -227,6 +228,41 @@ def test_a_forged_or_late_reply_is_counted_and_changes_nothing(broker):
             await client.connection.publish(Message("er/v1/home/d1/rsp", b"{}", correlation=b"f" * 16))
             await until(lambda: runtime.uplink.counters["unknown_reply"] == 1)
             assert (await runtime.ask("turn the lights off")).origin is Origin.LOCAL
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("username", "again"), [("", Origin.CLOUD), ("d1", Origin.CACHE)])
+def test_what_anybody_could_have_answered_is_not_kept(broker, username, again):
+    """A stranger reads a request, and answers on the device's reply topic with the id that it saw."""
+
+    async def scenario():
+        async with (
+            edge(broker, username=username) as runtime,
+            Listener(broker, "er/v1/home/d1/req/+") as stranger,
+        ):
+            assert await runtime.uplink.wait_connected(10)
+            label = runtime.service.registry.find("commands", None).processor.labels[0]
+
+            async def forge():
+                request = await stranger.heard.get()
+                outputs = (
+                    Tensor("intent", "BYTES", (1,), (label,)),
+                    Tensor("confidence", "FP32", (1,), np.float32([1.0])),
+                )
+                reply = InferReply("commands", "1", outputs)
+                message = pack(
+                    "er/v1/home/d1/rsp", *oip.encode_reply(reply), correlation=request.correlation, expiry_s=5
+                )
+                await stranger.connection.publish(message)
+
+            asking = asyncio.create_task(runtime.ask(HARD))
+            await forge()
+            assert (await asking).origin is Origin.CLOUD  # the device cannot tell
+            asking = asyncio.create_task(runtime.ask(HARD))
+            if again is Origin.CLOUD:
+                await forge()
+            assert (await asking).origin is again
 
     run(scenario)
 
