@@ -213,11 +213,11 @@ class Cascade:
         question: Question,
         pending: Pending,
         earlier: EarlierAnswers | None,
-    ) -> Ended:
-        """Return the outcome of a row that must be awaited. Raises Refused where nobody can answer it."""
+    ) -> Ended | Refused:
+        """Return the outcome of a row that must be awaited, or the edge's refusal where nobody can answer it."""
         kept = pending.kept
         if kept is None:
-            return Ended(await self._spill(model, context, question, pending))
+            return await self._spill(model, context, question, pending)
         if earlier is not None:
             found = await earlier.find()
             if found is not None and is_from_cloud(found):
@@ -259,8 +259,8 @@ class Cascade:
 
     async def _spill(
         self, model: Model, context: RequestContext, question: Question, pending: Pending
-    ) -> Outcome:
-        """Return the cloud's outcome for a row that the edge refused. Raises that refusal where there is none."""
+    ) -> Ended | Refused:
+        """Return the cloud's outcome for a row that the edge refused, or that refusal where there is none."""
         refused = pending.refused
         assert refused is not None
         asked_ns = self._now_ns()
@@ -268,7 +268,7 @@ class Cascade:
             answer, version = await self._ask(model, context, question, None, asked_ns)
         except (CloudError, InvalidRequest):
             self._write(model, pending.decision, None)
-            raise refused from None
+            return refused
         outcome = Outcome(
             _trimmed(answer, context),
             Origin.CLOUD,
@@ -277,7 +277,7 @@ class Cascade:
             cloud_version=version,
         )
         self._write(model, pending.decision, outcome)
-        return outcome
+        return Ended(outcome)
 
     async def _ask(
         self, model: Model, context: RequestContext, question: Question, edge: Answer | None, asked_ns: int

@@ -26,7 +26,8 @@ from edge_runtime.serving.bounded_cloud import BoundedCloud
 from edge_runtime.serving.cascade import Cascade, RequestContext
 from edge_runtime.serving.counters import Counters
 from edge_runtime.serving.registry import Registry, ServedModel
-from edge_runtime.serving.request_rows import RequestRows, Shared
+from edge_runtime.serving.request_rows import answer_rows
+from edge_runtime.serving.row_paths import RowPaths, Shared
 from edge_runtime.serving.single_flight import SingleFlight
 from edge_runtime.uplink.cloud_answer import Cloud
 
@@ -206,7 +207,7 @@ class Service:
             prefix = None
             if self.cache is not None and _flag(request.parameters, "cache", default=True):
                 prefix = self._prefix(served, request.parameters, outputs, tenant)
-            return await RequestRows(self._shared, served, context, questions, prefix).answer()
+            return await answer_rows(RowPaths(self._shared, served, context, questions, prefix))
         finally:
             self.registry.leave(served)
 

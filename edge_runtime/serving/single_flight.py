@@ -22,8 +22,8 @@ Ownership: the registration of a key belongs to the request that leads it. That 
 
 Interleavings that the code guards against:
 - A follower is cancelled: its own future is cancelled with it, and `land` passes over it. No other waiter notices.
-- A follower is cancelled in the turn in which the flight landed: its future is done and nobody reads it; a future
-  with an exception is marked as read for that case.
+- A follower is cancelled in the turn in which the flight landed: its future is done and nobody reads it. Errors are
+  results of the future, not exceptions, so that none is reported as lost.
 - A leader is cancelled while followers wait: `abandon` wakes all of them in one turn of the event loop. The first
   that runs finds no flight and leads; the others find its flight and join it.
 - A leader lands after its key was registered again, by a more urgent request or after it abandoned the key: the
@@ -32,13 +32,15 @@ Interleavings that the code guards against:
 
 import asyncio
 from collections.abc import Callable
+from copy import copy
 from typing import TypeAlias
 
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.serving.cascade import Pending
 
-#: What one follower waits for: the leader's outcome, the edge's answer to decide about, or None: look again.
-Waiter: TypeAlias = asyncio.Future[Outcome | Pending | None]
+#: What one follower waits for: the leader's outcome, the edge's answer to decide about, the leader's error, or None:
+#: look again.
+Waiter: TypeAlias = asyncio.Future[Outcome | Pending | Exception | None]
 
 
 class Flight:
@@ -54,7 +56,7 @@ class Flight:
         self.waiters: list[Waiter] = []
 
     def join(self) -> Waiter:
-        """Wait for this flight. A failed leader sets the future to its error.
+        """Wait for this flight.
 
         The follower joins when it finds the flight, not in a task that starts later: the flight may land in between.
         """
@@ -98,13 +100,12 @@ class SingleFlight:
         self._end(flight, lambda waiter: waiter.set_result(None))
 
     def fail(self, flight: Flight, error: Exception) -> None:
-        """End a flight: its followers get `error`."""
+        """End a flight: its followers get `error`, each a copy of its own.
 
-        def wake(waiter: Waiter) -> None:
-            waiter.set_exception(error)
-            waiter.exception()  # mark as read: its follower may be cancelled in this turn
-
-        self._end(flight, wake)
+        An exception collects the frames of everybody who raises it; one that is shared would hold the requests of all
+        followers until the last of them is gone.
+        """
+        self._end(flight, lambda waiter: waiter.set_result(copy(error)))
 
     def _end(self, flight: Flight, wake: Callable[[Waiter], None]) -> None:
         if self._flights.get(flight.key) is flight:

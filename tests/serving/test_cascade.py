@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.core.errors import CloudError, EngineFailed, InvalidRequest, RefusalKind, Refused, refusal
+from edge_runtime.core.errors import CloudError, EngineFailed, InvalidRequest, RefusalKind, refusal
 from edge_runtime.core.escalation.decision import Action, CloudUnavailable, LinkState, decide
 from edge_runtime.core.messages import Answer, InferReply, ModelInfo, Origin, Reason, Tensor
 from edge_runtime.core.outcome import Outcome
@@ -238,9 +238,7 @@ def test_where_the_cloud_may_not_or_cannot_help_the_refusal_itself_comes_back(ki
 def test_a_spill_that_fails_ends_in_the_refusal(failure):
     cascade, model, refused = made(Cloud(raises=failure)), Model(), refusal(RefusalKind.FULL)
     pending = judged(cascade, model, refused)
-    with pytest.raises(Refused) as raised:
-        drive(cascade.finish(model, CONTEXT, QUESTION, pending, None))
-    assert raised.value is refused
+    assert drive(cascade.finish(model, CONTEXT, QUESTION, pending, None)) is refused
 
 
 def test_a_failed_row_is_no_matter_for_the_cloud():
@@ -341,7 +339,6 @@ def test_a_spill_that_failed_is_logged_as_refused():
     lines, model = [], Model()
     cascade = made(Cloud(raises=CloudUnavailable(Reason.CLOUD_LATE, "")), log=lines.append)
     pending = judged(cascade, model, refusal(RefusalKind.FULL))
-    with pytest.raises(Refused):
-        drive(cascade.finish(model, CONTEXT, QUESTION, pending, None))
+    assert drive(cascade.finish(model, CONTEXT, QUESTION, pending, None)) is pending.refused
     (line,) = lines
     assert (line.decision.action, line.origin) == (Action.SPILL, None)
