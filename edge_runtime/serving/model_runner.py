@@ -54,6 +54,8 @@ INLINE_LIMIT_NS = 200_000
 
 #: Event loops round their timers up to this (epoll's time-out is in milliseconds, libuv's timers as well).
 _TICK_NS = 1_000_000
+#: What a batch costs the event loop outside the engine: to form it, to count it and to wake its callers.
+_OVERHEAD_NS = 20_000
 #: Rows of one request are submitted for at most this long before others have the event loop for a turn.
 _SUBMIT_NS = 2_000_000
 
@@ -98,7 +100,7 @@ class ModelRunner:
         self._name, self._processor = name, processor
         self._scheduler = Scheduler(
             replace(limits, max_batch=min(limits.max_batch, *[engine.max_batch for engine in each])),
-            replace(policy or Policy(), tick_ns=_TICK_NS),
+            replace(policy or Policy(), tick_ns=_TICK_NS, overhead_ns=_OVERHEAD_NS),
             engines=[depth] * len(each),
             latency_profile=latency_profile,
         )

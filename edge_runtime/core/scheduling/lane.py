@@ -16,6 +16,7 @@ class Lane:
     """
 
     __slots__ = (
+        "_overhead_ns",
         "confirmed_ns",
         "costs",
         "held_until_ns",
@@ -37,11 +38,13 @@ class Lane:
         latency_profile: LatencyProfile,
         least_window_ns: int = 0,
         *,
+        overhead_ns: int = 0,
         pads: bool = True,
     ) -> None:
         self.key = key
         self.costs = BatchCosts(max_batch, latency_profile, pads=pads)
         self.linger = Linger(least_window_ns)
+        self._overhead_ns = overhead_ns
         self.waiting = 0
         self.running = 0
         self.confirmed_ns = 0  # when a batch last confirmed or corrected the costs
@@ -65,5 +68,5 @@ class Lane:
     def refresh(self) -> None:
         """Recompute what is derived from the costs: the best splits and the learned window."""
         self.version = self.costs.version
-        self.split = Split(self.costs.sizes, self.costs.means)
+        self.split = Split(self.costs.sizes, self.costs.means, self._overhead_ns)
         self.linger.set_costs(*self.costs.fixed_and_marginal())

@@ -127,8 +127,12 @@ class Scheduler:
         self._pool = EnginePool(engines)
         self._classes = [PriorityClass(rank) for rank in range(PRIORITIES)]
         self._forecast = Forecast(
-            self._pool, lambda key: Lane(key, limits.max_batch, latency_profile, policy.tick_ns, pads=pads)
-        )
+            self._pool,
+            lambda key: Lane(
+                key, limits.max_batch, latency_profile, policy.tick_ns,
+                overhead_ns=policy.overhead_ns, pads=pads,
+            ),
+        )  # fmt: skip
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
         self._paused: dict[int, Entry] = {}

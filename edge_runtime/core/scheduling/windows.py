@@ -13,12 +13,14 @@ class Policy:
     - `duty_target`: the largest share of time that engines should run; None: no limit. Requests wait for it as long as
       their deadlines allow, but at most `duty_wait_ns`.
     - `tick_ns`: the resolution of the owner's timer. No shorter window is learned.
+    - `overhead_ns`: what a batch costs its owner outside the engine. It speaks for few, large batches.
     """
 
     window_ns: int | None = None
     duty_target: float | None = None
     duty_wait_ns: int = 100_000_000
     tick_ns: int = 0
+    overhead_ns: int = 0
 
 
 class Windows:

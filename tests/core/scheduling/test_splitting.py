@@ -55,3 +55,12 @@ def test_a_long_queue_takes_as_long_as_its_batches():
     assert split.drain(80) == 240
     assert split.drain(81) == 250
     assert [split.drain(n + 1) >= split.drain(n) for n in range(100)] == [True] * 100
+
+
+def test_time_outside_the_engine_speaks_for_large_batches_and_is_no_part_of_the_engine_s_time():
+    costs = (10, 22, 46, 95)  # each size costs a little more than two of the one below it
+    alone = Split(SIZES, costs)
+    assert (alone.batch(8), alone.batch(100), alone.total[8]) == (1, 1, 80)
+    split = Split(SIZES, costs, overhead_ns=5)
+    assert (split.batch(8), split.batch(100), split.total[8]) == (8, 8, 95)
+    assert split.per_row == 10
