@@ -75,7 +75,12 @@ class Connection:
             pass
 
     async def read(self) -> tuple[int, Any]:
-        """Status and body, decoded if it is JSON. Raises NoAnswerError."""
+        """Status and body, decoded if it is JSON; interim answers are passed over. Raises NoAnswerError."""
+        while (answer := await self._read_one())[0] < 200:
+            pass
+        return answer
+
+    async def _read_one(self) -> tuple[int, Any]:
         try:
             head = await self._reader.readuntil(b"\r\n\r\n")
             status_line, *lines = head.decode("latin-1").split("\r\n")
