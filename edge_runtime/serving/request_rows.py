@@ -95,7 +95,7 @@ class RequestRows:
     """Answers the rows of one request. Used once."""
 
     __slots__ = (
-        "_cache", "_context", "_first", "_group", "_has_failed", "_led", "_looked_ns", "_outcomes", "_prefix",
+        "_asked_ns", "_cache", "_context", "_first", "_group", "_has_failed", "_led", "_outcomes", "_prefix",
         "_questions", "_repeats", "_served", "_shared",
     )  # fmt: skip
 
@@ -115,7 +115,9 @@ class RequestRows:
         self._led: dict[int, Flight] = {}  # flights that this request leads, by the index of their row
         self._first: dict[bytes, int] = {}  # the index of the row that leads a key
         self._repeats: dict[int, int] = {}  # rows that take the outcome of an equal row of this request
-        self._looked_ns = 0  # when memory was asked: a kept answer is as old as that
+        self._asked_ns = (
+            0  # when memory was asked first, by the clock of the cache: a kept answer is as old as that
+        )
         self._group: asyncio.TaskGroup
         self._has_failed = False
 
@@ -159,11 +161,13 @@ class RequestRows:
             return _Todo.RUN
         key = self._prefix.key(self._served.processor.canonical(self._questions[index]))
         statistics = self._served.runner.statistics
-        self._looked_ns = looked_ns = time.monotonic_ns()
-        found = cache.memory.get(looked_ns, key)
+        looked_ns = time.monotonic_ns()
+        if not self._asked_ns:  # a row that looks again must not make the answers of the other rows younger
+            self._asked_ns = cache.now_ns()
+        found = cache.get(key)
         pending: Pending | None = None
         if found is not None:
-            judged = shared.cascade.judge_cached(self._served, self._context, cache.cached_form(key, found))
+            judged = shared.cascade.judge_cached(self._served, self._context, found)
             if isinstance(judged, Outcome):
                 statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
                 statistics.queue.add(0)  # as Triton counts: load generators look for it
@@ -274,7 +278,7 @@ class RequestRows:
         # A model that was replaced meanwhile would fill the cache with answers that no request can ask for.
         if is_final and shared.cache is not None and shared.registry.is_current(served):
             shared.cache.put(
-                self._looked_ns, flight.key, served.info.digest, served.row_ns, outcome,
+                self._asked_ns, flight.key, served.info.digest, served.row_ns, outcome,
                 is_private=self._context.is_private,
             )  # fmt: skip
 
