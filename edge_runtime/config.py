@@ -47,7 +47,7 @@ class CacheSettings(Settings, frozen=True):
     enabled: bool = True
     """Whether answers are kept at all."""
     max_bytes: Positive = 2 << 20
-    """Bytes of answers in memory; 2 MiB hold about 2,900 commands."""
+    """Bytes of answers in memory; 2 MiB hold about 2,800 commands."""
     ttl_s: Seconds = 3600.0
     """How long an answer is fresh."""
     # A day: a link lost in the evening is repaired next morning, and the same question rarely changes its answer.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.core.errors import StorageError
+from edge_runtime.storage.clock import boot_id, since_boot_ns
 from edge_runtime.storage.files import read_or_make_secret
 from edge_runtime.storage.sqlite_thread import BatchRule, Database, DatabaseFile, SqliteThread
 
@@ -29,6 +30,10 @@ _PAGE_BYTES = 4096
 _LOG_BYTES = 2 << 20  # of disk_max_bytes, set aside for the write-ahead log
 _CHECKPOINT_PAGES = 128  # 512 KiB: the log is folded into the file each time it is that long
 _MAX_VALUE_BYTES = 64 << 10
+_ROW_BYTES = (
+    700  # what a waiting write takes beside its value: key, digests, moment, closures (tracemalloc: 640)
+)
+_SECOND_NS = 1_000_000_000
 _MAX_PENDING_BYTES = 256 << 10
 #: A batch is written when 64 rows wait or the first has waited a second: one flash page then carries many answers.
 _BATCH = BatchRule(max_rows=64, max_bytes=_MAX_PENDING_BYTES // 2, max_wait_s=1.0)
@@ -51,12 +56,17 @@ class Moment:
     since_boot_ns: int
     unix_s: int
 
+    def earlier_by(self, age_ns: int) -> "Moment":
+        """The moment `age_ns` before this one; whole seconds are rounded down, so that nothing gets younger."""
+        unix_s = (self.unix_s * _SECOND_NS - age_ns) // _SECOND_NS
+        return Moment(self.boot, self.since_boot_ns - age_ns, unix_s)
+
     def age_ns(self, then: "Moment") -> int | None:
         """How long ago `then` was; None where `then` is later by the clock, so that the age is unknown."""
         if self.boot == then.boot:
             age = self.since_boot_ns - then.since_boot_ns
         else:
-            age = (self.unix_s - then.unix_s) * 1_000_000_000
+            age = (self.unix_s - then.unix_s) * _SECOND_NS
         return age if age >= 0 else None
 
 
@@ -75,7 +85,7 @@ class AnswerStore:
         """The file `path` + ".secret" holds the key of all digests in the store; `now` is for tests."""
         self._path = path
         self._max_bytes = max_bytes - _LOG_BYTES
-        self._boot = _boot_id()
+        self._boot = boot_id()
         self._now = now or self._moment
         self._thread = SqliteThread(
             "answer-store", self._file(), _BATCH,
@@ -125,14 +135,20 @@ class AnswerStore:
         self.counters["found" if found is not None else "absent"] += 1
         return found
 
-    def keep(self, key: bytes, model: str, value: bytes) -> None:
-        """Write within a second. What comes faster than the disk takes it, or is too large, is dropped."""
-        size = len(value) + 200
+    def keep(self, key: bytes, model: str, value: bytes, age_ns: int = 0) -> None:
+        """Write within a second. What comes faster than the disk takes it, or is too large, is dropped.
+
+        The value is `age_ns` old now, not when it is written.
+        """
+        size = len(value) + _ROW_BYTES
         has_room = self._thread.pending_bytes + size <= _MAX_PENDING_BYTES and len(value) <= _MAX_VALUE_BYTES
         if not self.is_on or not has_room:
             self.counters["dropped"] += 1
             return
-        self._thread.write(lambda database: self._insert(database, key, model, value), size, self._count_kept)
+        then = self._now().earlier_by(age_ns)
+        self._thread.write(
+            lambda database: self._insert(database, key, model, then, value), size, self._count_kept
+        )
 
     def retain_models(self, models: Collection[str]) -> None:
         """Drop the answers of all models but those with these digests."""
@@ -173,7 +189,7 @@ class AnswerStore:
         )
 
     def _moment(self) -> Moment:
-        return Moment(self._boot, time.monotonic_ns(), int(time.time()))
+        return Moment(self._boot, since_boot_ns(), int(time.time()))
 
     def _turn_off(self, error: Exception) -> None:
         """Turn the store off for the life of the process: a cache that comes and goes is harder to operate than none."""
@@ -201,9 +217,8 @@ class AnswerStore:
         age_ns = self._now().age_ns(Moment(boot, since_boot_ns, unix_s))
         return None if age_ns is None else Found(value, age_ns)
 
-    def _insert(self, database: Database, key: bytes, model: str, value: bytes) -> None:
-        now = self._now()
-        fields = (model, now.boot, now.since_boot_ns, now.unix_s, value)
+    def _insert(self, database: Database, key: bytes, model: str, then: Moment, value: bytes) -> None:
+        fields = (model, then.boot, then.since_boot_ns, then.unix_s, value)
         database.run(_INSERT, key, *fields, self._tag(key, *fields))
 
     def _count_kept(self) -> None:
@@ -227,10 +242,3 @@ class AnswerStore:
 def _create(database: Database) -> None:
     database.run("DROP TABLE IF EXISTS answers")
     database.run(_CREATE)
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return secrets.token_hex(8)  # boots cannot be told apart: across restarts the wall clock counts

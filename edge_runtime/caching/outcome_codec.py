@@ -1,5 +1,7 @@
 """Outcomes to bytes and back, for the disk level of the cache."""
 
+import re
+
 import msgspec
 import numpy as np
 
@@ -22,6 +24,8 @@ class _Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     raw_score: float | None
 
 
+#: What `dtype.str` of numbers looks like. Other words of numpy make objects, dates, texts or records of bytes.
+_NUMBERS = re.compile(r"[<>|][biufc]\d{1,2}")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Kept)
 
@@ -63,5 +67,7 @@ def _pack(value: "bytes | Array | np.generic") -> _Value:
 def _unpack(value: _Value) -> "bytes | Array | np.generic":
     if not value.dtype:
         return value.data
+    if not _NUMBERS.fullmatch(value.dtype) or any(length < 0 for length in value.shape):
+        raise ValueError(f"{value.dtype[:20]!r} of shape {value.shape} is no array of numbers")
     array = np.frombuffer(value.data, np.dtype(value.dtype)).reshape(value.shape)
     return array if value.shape else array[()]

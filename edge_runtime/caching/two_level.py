@@ -4,15 +4,17 @@ Memory is the pure `core.caching.cache.Cache`; the disk is anything that behaves
 which level holds what, and knows which answers outlive a change of the cloud's model.
 """
 
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from edge_runtime.caching.outcome_codec import decode_outcome, encode_outcome
 from edge_runtime.core.caching.cache import Cache
 from edge_runtime.core.messages import Origin, Reason
-from edge_runtime.core.outcome import Outcome, payload_bytes
+from edge_runtime.core.outcome import Outcome, pinned_bytes, with_own_values
+from edge_runtime.storage.clock import since_boot_ns
 
 #: The disk is asked before a model if one row of the model costs this many look-ups; at this ratio a disk that never
 #: has the answer slows the model by a tenth.
@@ -50,8 +52,8 @@ class DiskStore(Protocol):
     async def find(self, key: bytes) -> StoredValue | None:
         """The value of `key`, in bounded time."""
 
-    def keep(self, key: bytes, model: str, value: bytes) -> None:
-        """Write `value` soon; `model` is the digest of the model it belongs to."""
+    def keep(self, key: bytes, model: str, value: bytes, age_ns: int) -> None:
+        """Write `value` soon, which is `age_ns` old; `model` is the digest of the model it belongs to."""
 
     def retain_models(self, models: Collection[str]) -> None:
         """Drop the values of all models but those with these digests."""
@@ -69,22 +71,47 @@ class DiskHit:
 
 
 class TwoLevelCache:
-    """Outcomes by key in memory and, if `disk` is given, on disk."""
+    """Outcomes by key in memory and, if `disk` is given, on disk.
 
-    def __init__(self, memory: Cache[Outcome], disk: DiskStore | None = None) -> None:
+    Its clock `now_ns` counts the time in which the device was suspended; all ages are by this clock. What is kept owns
+    its bytes, so that `memory.size_bytes` is what the cache pins.
+    """
+
+    def __init__(
+        self,
+        memory: Cache[Outcome],
+        disk: DiskStore | None = None,
+        now_ns: Callable[[], int] = since_boot_ns,
+    ) -> None:
         self.memory = memory
         self.disk = disk
+        self.now_ns = now_ns
         self._cloud_versions: dict[str, str] = {}
 
     def is_disk_worthwhile(self, row_ns: int) -> bool:
         """Whether the disk is asked before a model of which one row costs `row_ns`."""
         return self.disk is not None and row_ns >= _LOOKUPS_PER_ROW * self.disk.lookup_ns
 
+    def get(self, key: bytes) -> Outcome | None:
+        """Return the fresh outcome of `key` from memory, as a cache hit, or None.
+
+        The form of a hit is made at the first one, because most answers are never asked for again.
+        """
+        found = self.memory.get(self.now_ns(), key)
+        if found is None or found.origin is Origin.CACHE:
+            return found
+        hit = found.as_cached()
+        self.memory.revise(key, hit)
+        return hit
+
     async def read_disk(self, key: bytes, digest: str) -> DiskHit | None:
         """Return what the disk has for `key`; copy a fresh outcome to memory, where it keeps its age.
 
         `digest` is that of the model the key belongs to.
         """
+        asked_ns = (
+            self.now_ns()
+        )  # the age that the disk returns is that of a later moment, so nothing gets younger
         found = None if self.disk is None else await self.disk.find(key)
         if found is None or found.age_ns >= self.memory.ttl_ns + self.memory.stale_ns:
             return None
@@ -97,37 +124,28 @@ class TwoLevelCache:
             return None
         is_fresh = found.age_ns < self.memory.ttl_ns
         if is_fresh:
-            size = payload_bytes(outcome.answer)
-            self.memory.put(time.monotonic_ns(), key, outcome, size, group=digest, age_ns=found.age_ns)
+            self._put_in_memory(asked_ns, key, digest, outcome, found.age_ns)
         return DiskHit(outcome, is_fresh)
 
     def stale_answer(self, key: bytes, on_disk: DiskHit | None) -> Outcome | None:
         """Return an earlier answer of the cloud, from memory or else `on_disk`, or None."""
-        found = self.memory.get_stale(time.monotonic_ns(), key)
+        found = self.memory.get_stale(self.now_ns(), key)
         if found is None and on_disk is not None:
             found = on_disk.outcome
         return found if found is not None and found.reason is Reason.UNSURE else None
 
     def put(
-        self, now_ns: int, key: bytes, digest: str, row_ns: int, outcome: Outcome, *, is_private: bool
+        self, asked_ns: int, key: bytes, digest: str, row_ns: int, outcome: Outcome, *, is_private: bool
     ) -> None:
-        """Keep a final outcome: neither degraded nor from the cache itself.
+        """Keep a final outcome: neither degraded nor from the cache itself. Its age counts from `asked_ns`.
 
         It is written to disk only if `is_disk_worthwhile` would look there later, and never for private requests.
         """
-        self.memory.put(now_ns, key, outcome, payload_bytes(outcome.answer), group=digest)
+        self._put_in_memory(asked_ns, key, digest, outcome)
         if self.disk is None or is_private:
             return
         if outcome.origin is Origin.CLOUD or self.is_disk_worthwhile(row_ns):
-            self.disk.keep(key, digest, encode_outcome(outcome))
-
-    def cached_form(self, key: bytes, found: Outcome) -> Outcome:
-        """The outcome that a hit returns. Made at the first hit, because most answers are never asked for again."""
-        if found.origin is Origin.CACHE:
-            return found
-        hit = found.as_cached()
-        self.memory.revise(key, hit)
-        return hit
+            self.disk.keep(key, digest, encode_outcome(outcome), self.now_ns() - asked_ns)
 
     def note_cloud_version(self, digest: str, version: str) -> None:
         """Drop what other versions of the cloud's model said, once `version` has answered for the model `digest`."""
@@ -140,3 +158,9 @@ class TwoLevelCache:
         self.memory.forget(digest)
         if self.disk is not None:
             self.disk.retain_models(loaded)
+
+    def _put_in_memory(
+        self, asked_ns: int, key: bytes, digest: str, outcome: Outcome, age_ns: int = 0
+    ) -> None:
+        kept = replace(outcome, answer=with_own_values(outcome.answer))
+        self.memory.put(asked_ns, key, kept, pinned_bytes(kept.answer), group=digest, age_ns=age_ns)

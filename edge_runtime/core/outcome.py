@@ -1,8 +1,15 @@
 """The outcome of one row: the answer, its origin, the reason for that origin, and the time spent."""
 
-import msgspec
+from dataclasses import replace
 
-from edge_runtime.core.messages import DEGRADED_REASONS, Answer, Origin, Reason
+import msgspec
+import numpy as np
+
+from edge_runtime.core.messages import DEGRADED_REASONS, Answer, Array, Origin, Reason
+
+#: Bytes of the objects around values on CPython 3.11 with numpy, each with its place in a tuple. An array has 16 more
+#: for each dimension (lengths and strides).
+_BYTES_OBJECT, _SCALAR_OBJECT, _ARRAY_OBJECT = 41, 32, 120
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -41,11 +48,40 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
         )  # fmt: skip
 
 
-def payload_bytes(answer: Answer) -> int:
-    """Bytes of the values and extras of an answer."""
-    total = 0
-    for value in answer.values:
-        total += len(value) if isinstance(value, bytes) else value.nbytes
-    for extra in answer.extras:
-        total += extra.nbytes
-    return total
+def with_own_values(answer: Answer) -> Answer:
+    """Return the answer as it may be kept: its arrays own their bytes and are read-only.
+
+    Engines return rows that are views of their whole batch: one kept row would pin all of it. A copy is made even of
+    an array that owns its bytes, since the caller of the request has that array and may write to it.
+    """
+    if not any(isinstance(value, np.ndarray) for value in (*answer.values, *answer.extras)):
+        return answer
+    return replace(
+        answer,
+        values=tuple([_owned(value) if isinstance(value, np.ndarray) else value for value in answer.values]),
+        extras=tuple([_owned(extra) for extra in answer.extras]),
+    )
+
+
+def pinned_bytes(answer: Answer) -> int:
+    """Bytes that the values and extras of an answer keep in memory, with their objects; a view counts its base."""
+    return sum([_pinned_bytes(value) for value in (*answer.values, *answer.extras)])
+
+
+def _owned(array: Array) -> Array:
+    owned = np.array(array)
+    owned.flags.writeable = False
+    return owned
+
+
+def _pinned_bytes(value: bytes | Array | np.generic) -> int:
+    if isinstance(value, bytes):
+        return _BYTES_OBJECT + len(value)
+    if not isinstance(value, np.ndarray):
+        return _SCALAR_OBJECT + value.nbytes
+    size = _ARRAY_OBJECT + 16 * value.ndim + value.nbytes
+    base = value.base
+    while isinstance(base, np.ndarray):
+        size = max(size, _ARRAY_OBJECT + 16 * base.ndim + base.nbytes)
+        base = base.base
+    return size if base is None else size + len(memoryview(base).cast("B"))

@@ -118,10 +118,10 @@ class RowPaths:
         key = self._prefix.key(self.served.processor.canonical(self.questions[index]))
         statistics = self.served.runner.statistics
         looked_ns = time.monotonic_ns()
-        found = cache.memory.get(looked_ns, key)
+        found = cache.get(key)
         pending: Pending | None = None
         if found is not None:
-            judged = shared.cascade.judge_cached(self.served, context, cache.cached_form(key, found))
+            judged = shared.cascade.judge_cached(self.served, context, found)
             if isinstance(judged, Outcome):
                 statistics.cache_hit.add(time.monotonic_ns() - looked_ns)
                 statistics.queue.add(0)  # as Triton counts: load generators look for it
@@ -138,7 +138,10 @@ class RowPaths:
             return flight.join()
         statistics.cache_miss.add(time.monotonic_ns() - looked_ns)
         self._first[key] = index
-        led = self._led[index] = shared.flights.lead(key, looked_ns, context.priority, context.deadline_ns)
+        # By the clock of the cache: the answer will be kept with this age.
+        led = self._led[index] = shared.flights.lead(
+            key, cache.now_ns(), context.priority, context.deadline_ns
+        )
         if pending is not None:
             led.awaits_model = False
             return pending

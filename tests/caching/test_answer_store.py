@@ -129,6 +129,38 @@ def test_what_the_clock_cannot_date_is_not_found(tmp_path):
     run(scenario)
 
 
+def test_an_answer_ages_from_its_request_and_not_from_its_write(tmp_path):
+    """A write waits for its batch, and the device may be suspended meanwhile."""
+    path = tmp_path / "answers.db"
+    moments = [Moment("a", 10**12, 5000)]
+
+    async def scenario():
+        async with Opened(path, now=lambda: moments[-1]) as store:
+            store.keep(name(1), "m", b"v", 7_000_000_001)
+            moments.append(Moment("a", 10**12 + 100, 5000))
+        async with Opened(path, now=lambda: moments[-1]) as store:
+            assert (await store.find(name(1))).age_ns == 7_000_000_101
+            moments.append(Moment("b", 1, 5001))
+            assert (await store.find(name(1))).age_ns == 9 * 10**9  # whole seconds, rounded up
+
+    run(scenario)
+
+
+def test_suspended_time_counts_on_disk(tmp_path, monkeypatch):
+    suspended = [0]
+    real = time.clock_gettime_ns
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda which: real(which) + suspended[0])
+
+    async def scenario():
+        async with Opened(tmp_path / "answers.db") as store:
+            store.keep(name(1), "m", b"v")
+        suspended[0] = 3600 * 10**9
+        async with Opened(tmp_path / "answers.db") as store:
+            assert (await store.find(name(1))).age_ns >= 3600 * 10**9
+
+    run(scenario)
+
+
 def test_the_file_and_its_log_stay_within_the_limit_and_the_oldest_go(tmp_path):
     path = tmp_path / "answers.db"
 

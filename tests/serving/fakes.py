@@ -117,7 +117,7 @@ class Disk:
         await asyncio.sleep(0)
         return Found(self.kept[key], self.age_ns) if key in self.kept else None
 
-    def keep(self, key, model, value):
+    def keep(self, key, model, value, age_ns=0):
         self.kept[key] = value
 
     def retain_models(self, models):

@@ -81,7 +81,7 @@ class Memory:
         await asyncio.sleep(0)
         return Found(self.kept[key][1], self.age_ns) if key in self.kept else None
 
-    def keep(self, key, model, value):
+    def keep(self, key, model, value, age_ns=0):
         self.kept[key] = (model, value)
 
     def retain_models(self, models):

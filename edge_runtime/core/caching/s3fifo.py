@@ -52,6 +52,9 @@ class Eviction(Protocol[Value]):
     def get(self, key: bytes) -> Entry[Value] | None:
         """The entry of `key`, counted as a use."""
 
+    def peek(self, key: bytes) -> Entry[Value] | None:
+        """The entry of `key`, not counted."""
+
     def put(self, entry: Entry[Value]) -> None:
         """Keep `entry` in place of an older one of its key, or reject it; others may be evicted for it."""
 
@@ -83,6 +86,10 @@ class S3Fifo(Generic[Value]):
         if entry is not None and entry.uses < _MOST_USES:
             entry.uses += 1
         return entry
+
+    def peek(self, key: bytes) -> Entry[Value] | None:
+        """The entry of `key`; nothing changes."""
+        return self._entries.get(key)
 
     def put(self, entry: Entry[Value]) -> None:
         """Keep `entry`. One larger than the cache evicts nothing and is rejected; an older one of its key is dropped."""
@@ -118,6 +125,10 @@ class S3Fifo(Generic[Value]):
         self._entries = {entry.key: entry for entry in (*self._small, *self._main)}
         self._small_bytes = sum(entry.size_bytes for entry in self._small)
         self.size_bytes = self._small_bytes + sum(entry.size_bytes for entry in self._main)
+        self._trim_ghosts()
+        self._ghosts = {
+            key for key in self._ghost_order if key in self._ghosts
+        }  # a set never shrinks by itself
 
     def _replace(self, old: Entry[Value], new: Entry[Value]) -> None:
         """Put a new value in the place of an old one, whose use count stays."""
@@ -157,5 +168,9 @@ class S3Fifo(Generic[Value]):
         """Remember the key of an entry evicted from the small queue; at most as many keys as there are entries."""
         self._ghosts.add(key)
         self._ghost_order.append(key)
+        self._trim_ghosts()
+
+    def _trim_ghosts(self) -> None:
+        # The key of a ghost is counted with the entries: without entries there may be none.
         while len(self._ghost_order) > len(self._entries):
             self._ghosts.discard(self._ghost_order.popleft())

@@ -7,6 +7,12 @@ SQLITE_THREAD = "edge_runtime/storage/sqlite_thread.py"
 FILES = "edge_runtime/storage/files.py"
 ANSWER_STORE = "edge_runtime/caching/answer_store.py"
 TWO_LEVEL = "edge_runtime/caching/two_level.py"
+CODEC = "edge_runtime/caching/outcome_codec.py"
+OUTCOME = "edge_runtime/core/outcome.py"
+CACHE = "edge_runtime/core/caching/cache.py"
+S3FIFO = "edge_runtime/core/caching/s3fifo.py"
+CLOCK = "edge_runtime/storage/clock.py"
+REQUEST_ROWS = "edge_runtime/serving/request_rows.py"
 FOLDER = "edge_runtime/bundles/folder.py"
 SIGNING = "edge_runtime/bundles/signing.py"
 ROLLBACK = "edge_runtime/bundles/rollback.py"
@@ -20,6 +26,7 @@ QUARANTINE = "edge_runtime/loading/quarantine.py"
 THREAD_TESTS = ("tests/storage/test_sqlite_thread.py",)
 FILES_TESTS = ("tests/storage/test_files.py",)
 STORE_TESTS = ("tests/caching/test_answer_store.py",)
+CACHE_TESTS = ("tests/caching/test_two_level.py",)
 LEVEL_TESTS = ("tests/serving/test_service_cache.py",)
 FOLDER_TESTS = ("tests/bundles/test_folder.py",)
 SIGNING_TESTS = ("tests/bundles/test_signing.py",)
@@ -29,6 +36,88 @@ STOPPABLE_TESTS = ("tests/bundles/test_stoppable.py",)
 SANDBOX_TESTS = ("tests/loading/test_sandbox.py",)
 
 GUARDS = [
+    (
+        "a kept array owns its bytes",
+        TWO_LEVEL,
+        "kept = replace(outcome, answer=with_own_values(outcome.answer))",
+        "kept = outcome",
+        CACHE_TESTS,
+    ),
+    ("a kept array cannot be changed", OUTCOME, "    owned.flags.writeable = False\n", "", CACHE_TESTS),
+    ("a view counts its base", OUTCOME, "    base = value.base\n", "    base = None\n", CACHE_TESTS),
+    ("a view of bytes counts them", OUTCOME, 'size + len(memoryview(base).cast("B"))', "size", CACHE_TESTS),
+    (
+        "extras are counted",
+        OUTCOME,
+        "_pinned_bytes(value) for value in (*answer.values, *answer.extras)",
+        "_pinned_bytes(value) for value in answer.values",
+        CACHE_TESTS,
+    ),
+    (
+        "the objects around arrays are counted",
+        OUTCOME,
+        "_ARRAY_OBJECT = 41, 32, 120",
+        "_ARRAY_OBJECT = 41, 32, 0",
+        CACHE_TESTS,
+    ),
+    (
+        "the first hit counts once",
+        CACHE,
+        "entry = self._eviction.peek(key)  # no use",
+        "entry = self._eviction.get(key)  # no use",
+        CACHE_TESTS,
+    ),
+    (
+        "an answer that serves in need counts once",
+        CACHE,
+        "entry = self._eviction.peek(key)  # the request",
+        "entry = self._eviction.get(key)  # the request",
+        CACHE_TESTS,
+    ),
+    (
+        "ghosts go with their entries",
+        S3FIFO,
+        "        self._trim_ghosts()\n        self._ghosts = {",
+        "        self._ghosts = {",
+        CACHE_TESTS,
+    ),
+    (
+        "suspended time counts",
+        CLOCK,
+        "time.clock_gettime_ns(time.CLOCK_BOOTTIME)",
+        "time.monotonic_ns()",
+        CACHE_TESTS,
+    ),
+    (
+        "suspended time counts on disk",
+        ANSWER_STORE,
+        "Moment(self._boot, since_boot_ns(), ",
+        "Moment(self._boot, time.monotonic_ns(), ",
+        STORE_TESTS,
+    ),
+    ("an answer is as old as its request", TWO_LEVEL, "self.now_ns() - asked_ns)", "0)", CACHE_TESTS),
+    (
+        "its age on disk counts from the request",
+        ANSWER_STORE,
+        "self._now().earlier_by(age_ns)",
+        "self._now()",
+        STORE_TESTS,
+    ),
+    (
+        "the way from disk makes nothing younger",
+        TWO_LEVEL,
+        "self._put_in_memory(asked_ns, key, digest, outcome, found.age_ns)",
+        "self._put_in_memory(self.now_ns(), key, digest, outcome, found.age_ns)",
+        CACHE_TESTS,
+    ),
+    (
+        "a row that looks again makes nothing younger",
+        REQUEST_ROWS,
+        "        if not self._asked_ns:",
+        "        if True:",
+        CACHE_TESTS,
+    ),
+    ("only numbers are decoded", CODEC, "not _NUMBERS.fullmatch(value.dtype)", "False", CACHE_TESTS),
     (
         "a batch is one transaction",
         SQLITE_THREAD,
@@ -167,8 +256,8 @@ GUARDS = [
     (
         "only committed rows count as kept",
         ANSWER_STORE,
-        "size, self._count_kept)",
-        "size, lambda: None) or self._count_kept()",
+        "size, self._count_kept\n        )",
+        "size, lambda: None\n        )\n        self._count_kept()",
         STORE_TESTS,
     ),
     (
@@ -188,8 +277,8 @@ GUARDS = [
     (
         "an answer of the disk keeps its age",
         TWO_LEVEL,
-        "group=digest, age_ns=found.age_ns",
-        "group=digest",
+        "digest, outcome, found.age_ns)",
+        "digest, outcome)",
         LEVEL_TESTS,
     ),
     (
