@@ -60,8 +60,9 @@ class Problems:
 def problems_of(service: Service, cloud: CloudStatus | None) -> dict[str, str]:
     """What is wrong now: part -> reason."""
     found = {}
-    if not service.is_ready:
+    if service.is_draining:
         found["daemon"] = "It is draining: it answers the requests that it has, and takes no new ones."
+    found |= {f"model {name}": why for name, why in service.registry.not_ready().items()}
     if cloud is not None:
         state = cloud.status()
         if not state["connected"]:
@@ -89,7 +90,7 @@ def status_of(
     """The whole state. `cloud` is None on a device without one; `addresses` is empty inside a program."""
     return {
         "version": __version__,
-        "state": "ready" if service.is_ready else "draining",
+        "state": "draining" if service.is_draining else "ready" if service.is_ready else "not ready",
         "ready": service.is_ready,
         "addresses": list(addresses),
         "problems": list(problems),

@@ -63,7 +63,9 @@ def test_a_daemon_that_drains_is_not_ready_before_it_stops_listening():
 
     service = SimpleNamespace(drain=lambda limit_s: seen.append(("is not ready", limit_s)))
     asyncio.run(_drain(SimpleNamespace(service=service), Ingress(), 7.0))
-    assert seen == [("is not ready", 7.0), "closes", ("drains", 7.0)]
+    (what, cloud_s), *rest = seen
+    assert (what, rest) == ("is not ready", ["closes", ("drains", 7.0)])
+    assert 0 < cloud_s < 7.0  # so that there is time left to write the local answers
 
 
 def test_a_drain_that_ends_before_its_requests_is_logged(caplog):
@@ -178,6 +180,18 @@ def test_the_drain_waits_for_a_request_that_waits_for_the_cloud(broker, patient)
         await listener.connection.publish(reply)
         status, tree = await asked
         assert (status, tree["parameters"]["reason"]) == (200, "cloud_failed")
+        assert await asyncio.to_thread(daemon.wait, 20) == 0
+
+    held_by_a_silent_worker(broker, patient, scenario)
+
+
+def test_a_silent_cloud_leaves_the_local_answer_at_the_end_of_the_drain(broker, patient):
+    patient.write_text(patient.read_text().replace("drain_s = 60", "drain_s = 1"))
+
+    async def scenario(daemon, asked, listener, request):
+        status, tree = await asked
+        assert (status, tree["parameters"]["origin"]) == (200, "local")
+        assert tree["parameters"]["degraded"] is True
         assert await asyncio.to_thread(daemon.wait, 20) == 0
 
     held_by_a_silent_worker(broker, patient, scenario)

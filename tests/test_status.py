@@ -8,6 +8,7 @@ import pytest
 
 from edge_runtime.config import CacheSettings, Config
 from edge_runtime.runtime import Runtime
+from edge_runtime.serving.registry import ModelState
 from edge_runtime.status import Problems, problems_of, resident_mb
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -42,9 +43,10 @@ def test_the_longest_problem_comes_first_and_parts_are_apart():
     assert [problem["part"] for problem in later(problems, {"a": "1", "c": "1"}, 4)] == ["a", "c"]
 
 
-def service(ready=True, disk=None):
+def service(draining=False, disk=None, models=None):
     cache = None if disk is None else SimpleNamespace(disk=disk)
-    return SimpleNamespace(is_ready=ready, cache=cache)
+    registry = SimpleNamespace(not_ready=lambda: models or {})
+    return SimpleNamespace(is_draining=draining, cache=cache, registry=registry)
 
 
 def cloud(**more):
@@ -57,7 +59,8 @@ def cloud(**more):
     [
         (service(), None, {}),
         (service(), cloud(), {}),
-        (service(ready=False), None, {"daemon": "draining"}),
+        (service(draining=True), None, {"daemon": "draining"}),
+        (service(models={"m": "It is loading."}), None, {"model m": "It is loading."}),
         (service(), cloud(connected=False), {"cloud": "No connection to mqtt://x: it is being opened."}),
         (
             service(),
@@ -92,8 +95,15 @@ def test_a_runtime_says_what_is_wrong_and_since_when(tmp_path):
             (problem,) = status["problems"]
             assert problem["part"] == "cache on disk"
             assert runtime.status()["problems"][0]["since"] == problem["since"]
+            runtime.service.registry.set_state("commands", ModelState.FAILED, "its engine hung")
+            status = runtime.status()
+            assert (status["state"], status["ready"]) == ("not ready", False)
+            assert status["problems"][1]["part"] == "model commands"
+            assert status["problems"][1]["why"] == "It is failed: its engine hung."
+            runtime.service.registry.set_state("commands", ModelState.READY)
+            assert runtime.status()["state"] == "ready"
             runtime.service.drain(1.0)
-            assert runtime.status()["state"] == "draining"
+            assert (runtime.status()["state"], runtime.status()["ready"]) == ("draining", False)
 
     asyncio.run(scenario())
 

@@ -72,6 +72,14 @@ class Registry:
         """Whether every model is ready."""
         return all(entry.state is ModelState.READY for entry in self._entries.values())
 
+    def not_ready(self) -> dict[str, str]:
+        """Return why each model that is not ready is not: name -> sentence."""
+        return {
+            name: f"It is {entry.state.value}{f': {entry.why}' if entry.why else ''}."
+            for name, entry in self._entries.items()
+            if entry.state is not ModelState.READY
+        }
+
     def enter(self, served: ServedModel) -> None:
         """Note that a request uses a model, until `leave`."""
         self._in_use[served.runner] = self._in_use.get(served.runner, 0) + 1

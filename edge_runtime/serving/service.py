@@ -72,6 +72,11 @@ class Service:
         """Whether new requests are welcome: every model is ready, and the runtime does not drain."""
         return not self._is_draining and self.registry.is_ready
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether the runtime is about to end."""
+        return self._is_draining
+
     def drain(self, limit_s: float) -> None:
         """Be ready no longer, and let no row wait for the cloud for more than `limit_s` from now on.
 

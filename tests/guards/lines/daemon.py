@@ -243,9 +243,30 @@ GUARDS = [
     (
         "a daemon that drains is not ready",
         DAEMON,
-        "    runtime.service.drain(drain_s)\n",
+        "    runtime.service.drain(_CLOUD_SHARE * drain_s)\n",
         "",
         ("tests/test_daemon.py::test_a_daemon_that_drains_is_not_ready_before_it_stops_listening",),
+    ),
+    (
+        "local answers have time left in the drain",
+        DAEMON,
+        "_CLOUD_SHARE = 0.8",
+        "_CLOUD_SHARE = 8.0",
+        ("tests/test_daemon.py::test_a_silent_cloud_leaves_the_local_answer_at_the_end_of_the_drain",),
+    ),
+    (
+        "status tells which model is not ready",
+        STATUS,
+        '    found |= {f"model {name}": why for name, why in service.registry.not_ready().items()}\n',
+        "",
+        STATUS_TESTS,
+    ),
+    (
+        "a daemon that drains is not said to be broken",
+        STATUS,
+        '"draining" if service.is_draining else "ready" if service.is_ready else "not ready"',
+        '"ready" if service.is_ready else "not ready"',
+        STATUS_TESTS,
     ),
     (
         "a daemon removes only the socket that it made",
