@@ -70,7 +70,8 @@ def problems_of(service: Service, cloud: CloudStatus | None) -> dict[str, str]:
                 f"No connection to {state['broker']}: {state['why_not'] or 'it is being opened'}."
             )
         elif state["why_not"]:
-            found["cloud"] = str(state["why_not"])
+            why = str(state["why_not"])
+            found["cloud"] = f"{why[:1].upper()}{why[1:]}."
         elif state["breaker"] != "closed":
             found["cloud"] = f"It failed repeatedly; the circuit breaker is {state['breaker']}."
     disk = None if service.cache is None else service.cache.disk

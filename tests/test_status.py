@@ -67,7 +67,7 @@ def cloud(**more):
             cloud(connected=False, why_not="refused"),
             {"cloud": "No connection to mqtt://x: refused."},
         ),
-        (service(), cloud(why_not="no worker answers"), {"cloud": "no worker answers"}),
+        (service(), cloud(why_not="no worker answers"), {"cloud": "No worker answers."}),
         (service(), cloud(breaker="open"), {"cloud": "circuit breaker is open"}),
         (
             service(disk=SimpleNamespace(is_on=False, status=lambda: {"why_off": "disk full"})),
