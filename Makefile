@@ -11,7 +11,7 @@ export EDGE_RUNTIME_TESTS ?= ci
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TRAINING := tests/tools/test_training.py
 
-.PHONY: help demo test test-fast test-train guards soak fuzz check format bench models perf clean broker tflite litert
+.PHONY: help demo test test-fast test-train guards soak soak-minute fuzz check format bench models perf clean broker tflite litert
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,7 +68,7 @@ tflite: litert
 	@echo "skipped: tflite-runtime needs Python 3.11, and $(PYTHON) is 3.$(PYTHON_MINOR)"
 endif
 
-test: check test-fast tflite test-train ## everything that must hold: all tests, and a fifth of the guards
+test: check test-fast tflite test-train soak-minute ## everything that must hold: all tests, a fifth of the guards, a short soak
 	@$(PYTEST) --dist load tests/guards
 
 test-fast: $(READY) broker ## core and shells, without training and torch (a minute)
@@ -80,8 +80,12 @@ test-train: $(TRAIN) ## tests of what makes bundles; needs torch
 guards: $(READY) broker ## break each line that guards an invariant, and see a test fail (some minutes)
 	@EDGE_RUNTIME_GUARDS=all $(PYTEST) --dist load tests/guards
 
-soak: $(READY) ## property tests of the core, fifty times as long as in test
+soak: $(READY) broker ## property tests of the core fifty times as long as in test, then ten minutes of overload and faults
 	@EDGE_RUNTIME_TESTS=soak $(BIN)/python -m pytest tests/core
+	@$(BIN)/python -m tools.soak
+
+soak-minute: $(READY) broker ## a minute of overload and faults against both tiers
+	@$(BIN)/python -m tools.soak --duration 60
 
 fuzz: $(READY) .venv-litert/.ready ## 10,000 broken model files per format, every byte of a bundle flipped (half an hour)
 	@EDGE_RUNTIME_FUZZ=10000 EDGE_RUNTIME_TFLITE=litert .venv-litert/bin/python -m pytest tests/loading/test_hostile_models.py -k broken_tflite

@@ -20,8 +20,8 @@ from tools.soak.texts import known_texts
 OVERLOAD = 2.0
 CYCLE_S = 15.0
 CAPACITY_S = 3.0
-#: The callers that measure capacity: they keep to the device, and enough of them wait that it never idles.
-MEASURED, AT_ONCE = ("private", "bulk"), 16
+#: The callers that measure capacity: they keep to the device, which is never idle and refuses little.
+MEASURED, AT_ONCE = ("private", "bulk"), 2
 #: The cap of a link's back-off, and what a breaker rests.
 CLOUD_BACK_S = 30.0
 PROBE_S = 0.25
