@@ -193,7 +193,7 @@ class Service:
 
     def _time_limit_ns(self, request: InferRequest) -> int:
         """How long the caller waits. Raises Refused where that time has passed already, and InvalidRequest."""
-        limit_ns = time_limit_ns(request.parameters)
+        limit_ns = time_limit_ns(request.parameters) if request.parameters else None
         if limit_ns is None:
             return self._timeout_ns
         if limit_ns <= 0:

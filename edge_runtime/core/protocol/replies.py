@@ -60,16 +60,21 @@ def build_reply(
 
 def explain(outcomes: Sequence[Outcome], total_ns: int) -> dict[str, Scalar]:
     """Return the reply's parameters. Times are the longest of a row, in microseconds; see `row_words` for the words."""
-    fields: dict[str, Scalar] = {
-        **row_words("origin", [str(outcome.origin) for outcome in outcomes]),
-        **row_words("reason", [str(outcome.reason) for outcome in outcomes]),
-        "degraded": any(outcome.is_degraded for outcome in outcomes),
-        "queue_us": max([outcome.queue_ns for outcome in outcomes]) // 1000,
-        "infer_us": max([outcome.infer_ns for outcome in outcomes]) // 1000,
-        "cloud_us": max([outcome.cloud_ns for outcome in outcomes]) // 1000,
-        "total_us": total_ns // 1000,
-    }
-    if any(outcome.is_stale for outcome in outcomes):
+    fields: dict[str, Scalar]
+    if len(outcomes) == 1:  # most requests
+        (only,) = outcomes
+        fields = {"origin": str(only.origin), "reason": str(only.reason)}
+        queue_ns, infer_ns, cloud_ns = only.queue_ns, only.infer_ns, only.cloud_ns
+    else:
+        fields = row_words("origin", [str(outcome.origin) for outcome in outcomes])
+        fields |= row_words("reason", [str(outcome.reason) for outcome in outcomes])
+        queue_ns = max([outcome.queue_ns for outcome in outcomes])
+        infer_ns = max([outcome.infer_ns for outcome in outcomes])
+        cloud_ns = max([outcome.cloud_ns for outcome in outcomes])
+    fields["degraded"] = any(outcome.is_degraded for outcome in outcomes)
+    fields["queue_us"], fields["infer_us"] = queue_ns // 1000, infer_ns // 1000
+    fields["cloud_us"], fields["total_us"] = cloud_ns // 1000, total_ns // 1000
+    if fields["degraded"] and any(outcome.is_stale for outcome in outcomes):
         fields["stale"] = True
     return fields
 
