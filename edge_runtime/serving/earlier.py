@@ -1,7 +1,5 @@
 """The earlier answers of one row, from both levels of the cache, for the cascade."""
 
-import time
-
 from edge_runtime.caching.two_level import DiskHit, TwoLevelCache
 from edge_runtime.core.outcome import Outcome
 from edge_runtime.serving.cascade import is_from_cloud
@@ -19,9 +17,9 @@ class Earlier:
 
     async def find(self) -> Outcome | None:
         """See `EarlierAnswers.find`. A more urgent request may have asked the cloud since this row was looked up."""
-        now = self._cache.memory.get(time.monotonic_ns(), self._key)
+        now = self._cache.get(self._key)
         if now is not None and is_from_cloud(now):
-            return self._cache.cached_form(self._key, now)
+            return now
         if not self._is_asked:
             self._is_asked = True
             self._hit = await self._cache.read_disk(self._key, self._digest)
