@@ -144,6 +144,16 @@ def test_models_verify_in_a_download_refuses_what_the_download_vouches_for(forge
         signing.key_id(PUBLIC) * 2,
         "x" * 100_000,
     ],
+    ids=[
+        "zeros",
+        "nothing",
+        "a word",
+        "a line",
+        "upper case",
+        "another key",
+        "twice",
+        "too long",
+    ],  # keys are new in each run
 )
 def test_only_the_id_of_a_trusted_key_whose_record_is_there_is_an_answer(bundle, monkeypatch, answer):
     program = f"import sys; sys.stdin.buffer.read(); sys.stdout.write({answer!r})"
