@@ -7,6 +7,7 @@ bytes that were verified, so a file exchanged afterwards changes nothing. This m
 
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -155,12 +156,30 @@ def _write_bundle(path: Path, fresh: Path, fields: Mapping[str, Any], files: Map
     manifest = {"format": FORMAT, **fields, "files": entries}
     (fresh / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
     load_bundle(fresh)
+    if not path.exists():
+        fresh.rename(path)
+        return load_bundle(path)
+    _check_replaceable(path)
     former = fresh.with_name(f"{fresh.name}.old")
-    if path.exists():
-        path.rename(former)
-    fresh.rename(path)
+    path.rename(former)
+    try:
+        fresh.rename(path)
+    except BaseException:
+        former.rename(path)
+        raise
     shutil.rmtree(former, ignore_errors=True)
     return load_bundle(path)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace anything but a bundle: what is replaced is removed."""
+    if not (path / MANIFEST).is_file():
+        raise BundleError(f"{path.name!r} exists and is no bundle; choose another folder")
+    others = sorted(entry.name for entry in path.iterdir() if not _may_be_listed(entry.name))
+    if others:
+        raise BundleError(
+            f"{path.name!r} holds {others[0][:80]!r}, which is no part of a bundle; move it or choose another folder"
+        )
 
 
 def pack_folder(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Bundle:
@@ -180,8 +199,8 @@ def pack_folder(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
         ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where}: {MANIFEST} cannot be read ({error}); repair it") from None
-    if Path(out).exists() and not (Path(out) / MANIFEST).is_file():
-        raise BundleError(f"{Path(out).name!r} exists and is no bundle; choose another folder")
+    if Path(out).exists():  # before the minutes that compression may take
+        _check_replaceable(Path(out).resolve())
     computed = {"format", "files"}
     return write_bundle(out, {key: fields[key] for key in fields if key not in computed}, files)
 
@@ -192,7 +211,23 @@ def sign_bundle(path: str | os.PathLike[str], private_pem: bytes) -> Bundle:
 
     path = Path(path)
     bundle = load_bundle(path)
-    (path / SIGNATURE).write_bytes(sign((path / MANIFEST).read_bytes(), private_pem))
+    raw = (path / MANIFEST).read_bytes()
+    if _sha256(raw) != bundle.digest:
+        raise BundleError(
+            f"bundle {path.name!r} was changed while it was checked; sign it when it is complete"
+        )
+    signature = sign(raw, private_pem)
+    aside = path / f"{SIGNATURE}.{secrets.token_hex(8)}"
+    try:
+        # A signature that is there already may be a link: it is replaced, and what it points to stays as it is.
+        with aside.open("xb") as file:
+            file.write(signature)
+        aside.replace(path / SIGNATURE)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise BundleError(
+            f"bundle {path.name!r} cannot be signed ({error.strerror}); give a folder that may be written"
+        ) from None
     return bundle
 
 

@@ -1,15 +1,14 @@
 """Which signing keys are trusted, and the version floors of bundles that ran; both tiers use it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import msgspec
 
 from edge_runtime.bundles.folder import Trust, development_key
 from edge_runtime.bundles.rollback import VersionFloor, raise_floor
-from edge_runtime.core.errors import ConfigError
-from edge_runtime.storage.files import write_durably
+from edge_runtime.core.errors import ConfigError, StorageError
+from edge_runtime.storage.files import check_owner
+from edge_runtime.storage.record_file import RecordFile
 
 _log = logging.getLogger(__name__)
 _MAX_KEY_BYTES = 4096
@@ -24,8 +23,11 @@ def read_trust(key_files: Sequence[str], *, allow_unsigned: bool) -> Trust:
     keys = []
     for name in key_files:
         try:
+            check_owner(Path(name))  # whoever can write a trusted key decides which bundles run
             with Path(name).open("rb") as file:
                 keys.append(file.read(_MAX_KEY_BYTES))
+        except StorageError as error:
+            raise ConfigError(f"[trust] keys: {error}.") from None
         except OSError as error:
             raise ConfigError(
                 f"[trust] keys: {name} cannot be read ({error.strerror}); give the .pub file that keygen wrote."
@@ -37,31 +39,32 @@ class VersionFloors:
     """The newest versions that ran, in a small file of their own that survives power cuts."""
 
     def __init__(self, path: Path | None) -> None:
-        """Read `path`; with None the floors live as long as this object. A damaged file is logged and replaced."""
-        self._path = path
-        self._floors: dict[str, VersionFloor] = {}
-        if path is None:
-            return
-        try:
-            self._floors = msgspec.json.decode(path.read_bytes(), type=dict[str, VersionFloor])
-        except FileNotFoundError:
-            pass
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            _log.warning("event=version_floors_reset path=%s error=%s", path, error)
+        """Read `path`; with None the floors live as long as this object. A damaged file is logged and replaced.
+
+        Raises ConfigError for a file or folder that another user could change.
+        """
+        self._file = RecordFile(path, VersionFloor, event="version_floors", setting="[trust] record")
+        self._floors = self._file.read()
 
     def admit(self, name: str, engine: str, version: str, digest: str, signed_by: str | None) -> None:
         """Refuse an older version with BundleError; raise the floor for a newer one. Unsigned bundles have no floor.
 
-        `engine` is the manifest's word: both formats of one version may run in turn.
+        `engine` is the manifest's word: both formats of one version may run in turn. The new floor is on disk when
+        this returns, together with those that other processes have raised meanwhile.
         """
         if signed_by is None:
             return
-        floors = raise_floor(self._floors, name, engine, VersionFloor(signed_by, int(version), digest))
-        if floors == self._floors:
-            return
-        self._floors = floors
-        if self._path is not None:
-            try:
-                write_durably(self._path, msgspec.json.encode(floors))
-            except OSError as error:
-                _log.warning("event=version_floors_not_saved path=%s error=%s", self._path, error.strerror)
+        candidate = VersionFloor(signed_by, int(version), digest)
+        self._floors = self._file.update(
+            lambda saved: raise_floor(_highest(self._floors, saved), name, engine, candidate)
+        )
+
+
+def _highest(known: Mapping[str, VersionFloor], saved: Mapping[str, VersionFloor]) -> dict[str, VersionFloor]:
+    """What this process knows and the file holds: a file that was removed or put back lowers no floor here."""
+    floors = dict(known)
+    for entry, floor in saved.items():
+        mine = floors.get(entry)
+        if mine is None or mine.key != floor.key or mine.version <= floor.version:
+            floors[entry] = floor
+    return floors

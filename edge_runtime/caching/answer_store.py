@@ -25,14 +25,13 @@ from edge_runtime.storage.sqlite_thread import BatchRule, Database, DatabaseFile
 _log = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x45524143  # "ERAC" in the header of the file says that it is an answer store
-_SCHEMA = 2  # a file of another schema is emptied, since it is a cache
+_SCHEMA = 3  # a file of another schema is emptied, since it is a cache
 _PAGE_BYTES = 4096
 _LOG_BYTES = 2 << 20  # of disk_max_bytes, set aside for the write-ahead log
 _CHECKPOINT_PAGES = 128  # 512 KiB: the log is folded into the file each time it is that long
 _MAX_VALUE_BYTES = 64 << 10
-_ROW_BYTES = (
-    700  # what a waiting write takes beside its value: key, digests, moment, closures (tracemalloc: 640)
-)
+_ROW_BYTES = 950  # a waiting write beside its value: key, digest, moment and closures (tracemalloc: 890)
+_MAX_PENDING_LOOKUPS = 256
 _SECOND_NS = 1_000_000_000
 _MAX_PENDING_BYTES = 256 << 10
 #: A batch is written when 64 rows wait or the first has waited a second: one flash page then carries many answers.
@@ -124,6 +123,10 @@ class AnswerStore:
         """Return the value of `key`, or None: absent, damaged, or not read within `limit_s`."""
         if not self.is_on:
             return None
+        # So many wait only if the disk stands still: this one would wait in vain, and each costs memory.
+        if self._thread.pending_jobs >= _MAX_PENDING_LOOKUPS:
+            self.counters["late"] += 1
+            return None
         try:
             async with asyncio.timeout(limit_s):
                 found = await self._thread.submit(lambda database: self._look_up(database, key))
@@ -204,6 +207,7 @@ class AnswerStore:
                 _create(database)
             database.run("VACUUM")
         database.pragma(f"max_page_count = {self._max_bytes // _PAGE_BYTES}")
+        self.size_bytes = database.used_bytes
 
     def _look_up(self, database: Database, key: bytes) -> Found | None:
         rows = database.rows(_SELECT, key)
@@ -232,9 +236,9 @@ class AnswerStore:
 
     def _tag(self, *fields: object) -> bytes:
         """A keyed digest of a row's key and fields, of any type: a flipped bit can change the type of a field."""
-        keyed = hashlib.blake2b(digest_size=16, key=self.secret, person=b"er-answer-v1")
+        keyed = hashlib.blake2b(digest_size=16, key=self.secret, person=b"er-answer-v2")
         for field in fields:
-            raw = field if isinstance(field, bytes) else repr(field).encode("utf-8", "backslashreplace")
+            raw = repr(field).encode("ascii", "backslashreplace")  # bytes and texts differ by their quotes
             keyed.update(len(raw).to_bytes(8, "little") + raw)
         return keyed.digest()
 

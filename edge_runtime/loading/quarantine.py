@@ -7,6 +7,7 @@ releases it; a refusal by our own checks does not count, because it was no risk 
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from edge_runtime.core.errors import BundleError
 from edge_runtime.engines.build import engine_version
 from edge_runtime.loading.sandbox import Ended, Limits, SandboxedLoad, is_possible
 from edge_runtime.loading.sandbox_messages import ProbeResult, Report
-from edge_runtime.storage.files import write_durably
+from edge_runtime.storage.record_file import RecordFile
 
 _log = logging.getLogger(__name__)
 _MAX_FAILURES = 2
@@ -34,6 +35,7 @@ class Entry(msgspec.Struct, frozen=True):
     runner: str
     max_batch: int
     memory_bytes: int  # what the probe was allowed
+    threads: int = 1
     report: Report | None = None
     failures: tuple[str, ...] = ()
 
@@ -50,12 +52,12 @@ class Quarantine:
         ignores_file: bool = False,
         limits: Limits | None = None,
     ) -> None:
-        """Read `path`; with None the results live as long as this object, with `ignores_file` the file is replaced.
+        """Read `path`; with None the results live as long as this object, with `ignores_file` earlier ones do not count.
 
         `memory_mb` is the budget of a model ([limits] model_memory_mb); `release_command` is named in the refusal of a
-        bundle that failed twice.
+        bundle that failed twice. Raises ConfigError for a file or folder that another user could change.
         """
-        self._path = path
+        self._file = RecordFile(path, Entry, event="quarantine_file", setting="[trust] record")
         self._budget_bytes = None if memory_mb is None else memory_mb * 1_000_000
         self._release_command = release_command
         self._limits = limits or Limits()
@@ -64,15 +66,7 @@ class Quarantine:
                 self._limits,
                 memory_bytes=self._budget_bytes + self._budget_bytes // _SLACK_SHARE + _SLACK_BYTES,
             )
-        self._entries: dict[str, Entry] = {}
-        if path is None or ignores_file:
-            return
-        try:
-            self._entries = msgspec.json.decode(path.read_bytes(), type=dict[str, Entry])
-        except FileNotFoundError:
-            pass
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            _log.warning("event=quarantine_file_reset path=%s error=%s", path, error)
+        self._entries: dict[str, Entry] = {} if ignores_file else self._file.read()
 
     def admit(
         self, bundle: Bundle, *, threads: int, max_batch: int, stop: Stop | None = None
@@ -85,7 +79,7 @@ class Quarantine:
         """
         known = self._known(bundle, threads, max_batch)
         result = known.run(stop) if isinstance(known, SandboxedLoad) else known
-        return self._settle(bundle, max_batch, known, result)
+        return self._settle(bundle, threads, max_batch, known, result)
 
     async def admit_async(self, bundle: Bundle, *, threads: int, max_batch: int) -> Report | None:
         """As `admit`, without blocking the event loop; a cancelled caller ends the sandbox."""
@@ -100,8 +94,8 @@ class Quarantine:
 
     def release(self, digest: str) -> None:
         """Forget all earlier probes of a bundle, so that the next `admit` probes it again."""
-        if self._entries.pop(digest, None) is not None:
-            self._write()
+        self._entries.pop(digest, None)
+        self._file.update(lambda saved: {key: entry for key, entry in saved.items() if key != digest})
 
     def _known(self, bundle: Bundle, threads: int, max_batch: int) -> SandboxedLoad | Report | None:
         """Return the remembered report, else the probe to run. Raises BundleError for a bundle in quarantine."""
@@ -115,6 +109,7 @@ class Quarantine:
             and entry.runner == runner
             and entry.report is not None
             and entry.max_batch >= max_batch
+            and entry.threads >= threads
         ):
             return entry.report
         load = SandboxedLoad(
@@ -136,6 +131,7 @@ class Quarantine:
     def _settle(
         self,
         bundle: Bundle,
+        threads: int,
         max_batch: int,
         known: SandboxedLoad | Report | None,
         result: ProbeResult | Ended | Report | None,
@@ -145,7 +141,7 @@ class Quarantine:
         report = result if isinstance(result, Report) else None
         if isinstance(known, SandboxedLoad):
             runner = engine_version(bundle.manifest.engine)
-            entry = Entry(runner, max_batch, known.memory_bytes)
+            entry = Entry(runner, max_batch, known.memory_bytes, threads)
             if isinstance(result, Ended):
                 earlier = self._entries.get(bundle.digest)
                 before = () if earlier is None else self._failures(earlier, runner, max_batch, known)
@@ -178,19 +174,13 @@ class Quarantine:
         return BundleError(f"bundle {name!r} failed its first load: the model {ended.reason}; {advice}")
 
     def _remember(self, digest: str, entry: Entry) -> None:
-        self._entries.pop(digest, None)
-        self._entries[digest] = entry
-        while len(self._entries) > _MAX_ENTRIES:
-            del self._entries[next(iter(self._entries))]
-        self._write()
+        self._entries = _with_latest(self._entries, digest, entry)
+        self._file.update(lambda saved: _with_latest(saved, digest, entry))
 
-    def _write(self) -> None:
-        if self._path is None:
-            return
-        try:
-            write_durably(self._path, msgspec.json.encode(self._entries))
-        except OSError as error:
-            _log.warning("event=quarantine_file_not_saved path=%s error=%s", self._path, error.strerror)
+
+def _with_latest(entries: Mapping[str, Entry], digest: str, entry: Entry) -> dict[str, Entry]:
+    older = [(key, kept) for key, kept in entries.items() if key != digest]
+    return dict([*older[1 - _MAX_ENTRIES :], (digest, entry)])
 
 
 def quarantine_path(version_floors: Path | None) -> Path | None:

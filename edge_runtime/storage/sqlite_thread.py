@@ -17,6 +17,7 @@ gets the error. Whether the user lives on without the file is the user's rule.
 import asyncio
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections import deque
@@ -27,8 +28,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from edge_runtime.core.errors import StorageError
+from edge_runtime.storage.files import check_owner, check_state
 
 T = TypeVar("T")
+#: A file may have been changed by hand or by a fault: its schema may call no function with side effects, and a damaged
+#: page is found when it is read.
+_DISTRUST = ("trusted_schema = OFF", "cell_size_check = ON")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,11 @@ class SqliteThread:
         """Bytes of writes that wait, as their callers stated them."""
         return self._waiting.size_bytes
 
+    @property
+    def pending_jobs(self) -> int:
+        """How many jobs wait for the thread, also those whose callers have gone."""
+        return len(self._jobs)
+
     def start(self) -> None:
         """Open the file in the thread; an error is reported through `on_failure`."""
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -253,8 +263,9 @@ class SqliteThread:
                 batch, self._waiting = self._waiting, batch
         try:
             while jobs:
-                result = jobs[0].work(database)
-                jobs.popleft().finish(result, None)
+                if not jobs[0].future.cancelled():  # a caller that timed out needs no answer
+                    jobs[0].finish(jobs[0].work(database), None)
+                jobs.popleft()
         finally:
             # At an error the rest goes back to the queue, where `_fail` answers it.
             with self._wake:
@@ -285,8 +296,18 @@ class SqliteThread:
 def _open(file: DatabaseFile) -> sqlite3.Connection:
     """Open or make the file, for this user alone. Raises StorageError, OSError, sqlite3.Error."""
     file.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_owner(file.path.parent)
     # SQLite would make the file with the umask's mode; O_NOFOLLOW refuses a link that somebody placed here.
-    os.close(os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    handle = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        state = os.fstat(handle)
+    finally:
+        os.close(handle)
+    check_state(file.path.name, state)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink != 1:
+        raise StorageError(
+            f"{file.path.name} is not a plain file of one name; remove it or give another path"
+        )
     connection = sqlite3.connect(file.path, timeout=file.busy_s, isolation_level=None)
     try:
         _prepare(connection, file)
@@ -302,7 +323,7 @@ def _prepare(connection: sqlite3.Connection, file: DatabaseFile) -> None:
         "utf-8", "backslashreplace"
     )  # a flipped bit must not raise
     database = Database(connection)
-    for text in file.connection_pragmas:
+    for text in (*_DISTRUST, *file.connection_pragmas):
         database.run(f"PRAGMA {text}")
     owner = database.pragma("application_id")
     is_empty = owner == 0 and not database.rows("SELECT 1 FROM sqlite_master LIMIT 1")

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import zstandard
 
+from edge_runtime.bundles import folder as folder_module
 from edge_runtime.bundles import signing
 from edge_runtime.bundles.folder import (
     MAX_MANIFEST_BYTES,
@@ -19,6 +20,7 @@ from edge_runtime.bundles.folder import (
     Trust,
     find_bundle,
     load_bundle,
+    pack_folder,
     sign_bundle,
     write_bundle,
 )
@@ -379,3 +381,79 @@ def test_writing_touches_nothing_beside_and_follows_a_link(folder, tmp_path):
     assert (beside / "file.txt").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir() if path != folder) == ["link", "mine", "mine.new"]
     assert (tmp_path / "link").is_symlink()
+
+
+# What is removed is what was made here
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model.onnx", ".git", "weights.pt"])
+def test_a_folder_with_anything_but_a_bundle_is_never_replaced(folder, name):
+    (folder / name).write_text("precious")
+    with pytest.raises(BundleError, match="no part of a bundle"):
+        write_bundle(folder, FIELDS, PAYLOADS)
+    (folder / name).rename(folder.parent / "kept")
+    (folder / MANIFEST).unlink()
+    (folder.parent / "kept").rename(folder / name)
+    with pytest.raises(BundleError, match="exists and is no bundle"):
+        write_bundle(folder, FIELDS, PAYLOADS)
+    assert (folder / name).read_text() == "precious"
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_file_in_the_place_of_a_bundle_is_left_alone(tmp_path):
+    (tmp_path / "tiny").write_text("precious")
+    with pytest.raises(BundleError, match="exists and is no bundle"):
+        write_bundle(tmp_path / "tiny", FIELDS, PAYLOADS)
+    assert (tmp_path / "tiny").read_text() == "precious"
+
+
+def test_a_bundle_packed_onto_its_own_source_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / MANIFEST).write_text(json.dumps(FIELDS))
+    for name, content in PAYLOADS.items():
+        (source / name).write_bytes(content)
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    with pytest.raises(BundleError, match="no part of a bundle"):
+        pack_folder(source, source)
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+def test_a_replacement_that_fails_leaves_the_former_bundle(folder, monkeypatch):
+    real = Path.rename
+
+    def fail(path, target):
+        if Path(target) == folder and ".old" not in path.name:
+            raise OSError(28, "No space left on device")
+        return real(path, target)
+
+    before = load_bundle(folder).digest
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_bundle(folder, FIELDS | {"version": "99"}, PAYLOADS)
+    assert load_bundle(folder).digest == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_signing_writes_through_no_link(folder, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    (folder / SIGNATURE).symlink_to(outside)
+    private, public = signing.generate()
+    sign_bundle(folder, private)
+    assert outside.read_text() == "precious"
+    assert load_bundle(folder, Trust((public,))).signed_by == signing.key_id(public)
+
+
+def test_a_manifest_that_changes_between_check_and_signature_is_not_signed(folder, monkeypatch):
+    real = folder_module.load_bundle
+
+    def load_and_change(path):
+        loaded = real(path)
+        (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes() + b" ")
+        return loaded
+
+    monkeypatch.setattr(folder_module, "load_bundle", load_and_change)
+    with pytest.raises(BundleError, match="was changed while"):
+        sign_bundle(folder, signing.generate()[0])
+    assert not (folder / SIGNATURE).exists()

@@ -18,8 +18,7 @@ from tests.loading.test_model import DOUBLE, tensor_bundle
 #: Opens a runtime and is killed by what replaces a function, at its call or after it.
 PROGRAM = """
 import asyncio, os, pathlib, signal, sys
-from edge_runtime.loading import quarantine
-from edge_runtime.bundles import trust
+from edge_runtime.storage import record_file
 from edge_runtime.config import load_config
 from edge_runtime.runtime import Runtime
 
@@ -30,10 +29,13 @@ async def opened():
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-real = trust.write_durably
-def write_and_kill(path, content):
-    real(path, content)
-    kill()
+real = record_file.write_durably
+def kill_after_writing(name):
+    def write(path, content):
+        real(path, content)
+        if path.name == name:
+            kill()
+    record_file.write_durably = write
 
 exec(sys.argv[2])
 asyncio.run(opened())
@@ -80,7 +82,7 @@ def test_a_version_that_was_recorded_and_never_served_counts(device):
     device.install("4")
     assert device.start() == "4"
     device.install("5")
-    device.start_and_be_killed("trust.write_durably = write_and_kill")
+    device.start_and_be_killed("kill_after_writing('v.json')")
     device.install("4")
     with pytest.raises(BundleError, match="version 5 has run"):
         device.start()
@@ -93,7 +95,9 @@ def test_a_kill_before_the_record_is_in_place_leaves_the_former_one(device):
     device.start()
     before = device.record.read_bytes()
     device.install("5")
-    device.start_and_be_killed("quarantine.write_durably = lambda *_: None\npathlib.Path.replace = kill")
+    device.start_and_be_killed(
+        "replace = pathlib.Path.replace\npathlib.Path.replace = lambda path, to: kill() if to.name == 'v.json' else replace(path, to)"
+    )
     assert device.record.read_bytes() == before
     device.install("3")
     with pytest.raises(BundleError, match="version 4 has run"):
@@ -104,7 +108,7 @@ def test_a_kill_before_the_record_is_in_place_leaves_the_former_one(device):
 
 def test_a_kill_after_a_probe_keeps_its_result(device):
     device.install("1")
-    device.start_and_be_killed("quarantine.write_durably = write_and_kill")
+    device.start_and_be_killed("kill_after_writing('v.trials.json')")
     (entry,) = json.loads(device.record.with_suffix(".trials.json").read_bytes()).values()
     assert entry["report"]["max_batch"] == 8
     assert not device.record.exists()

@@ -1,6 +1,7 @@
 """The disk level of the cache: real files, real faults, and never a wrong answer."""
 
 import asyncio
+import gc
 import hashlib
 import logging
 import os
@@ -11,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -448,6 +450,74 @@ def test_a_look_up_waits_no_longer_than_it_may(tmp_path):
             assert store.counters["late"] == 1
             started.clear()
             assert (await store.find(name(0), limit_s=30)).value == b"v"
+
+    run(scenario)
+
+
+def test_a_disk_that_stands_still_gathers_no_look_ups(tmp_path):
+    async def scenario():
+        store = AnswerStore(tmp_path / "answers.db", LIMIT)  # whose thread does not run yet
+        waiting = [asyncio.create_task(store.find(name(i), limit_s=30)) for i in range(1000)]
+        await asyncio.sleep(0)
+        assert store._thread.pending_jobs == 256
+        assert store.counters["late"] == 744
+        await store.start()
+        assert await asyncio.gather(*waiting) == [None] * 1000
+        await store.close()
+
+    run(scenario)
+
+
+def test_what_waits_to_be_written_is_counted_with_its_objects(tmp_path):
+    async def scenario():
+        store = AnswerStore(tmp_path / "answers.db", LIMIT)
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        for i in range(250):
+            store.keep(name(i), f"{i:064}", b"%d" % i, i)
+        taken = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        assert store.counters["dropped"] == 0
+        assert taken <= store._thread.pending_bytes <= 1.5 * taken
+        await store.close()
+
+    run(scenario)
+
+
+def test_the_size_of_a_file_is_known_from_the_start(tmp_path):
+    async def scenario():
+        before = (await fill(tmp_path / "answers.db", 500)).size_bytes
+        assert before > 100_000
+        async with Opened(tmp_path / "answers.db") as store:
+            assert store.size_bytes == before
+
+    run(scenario)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to be")
+@pytest.mark.parametrize("which", ["answers.db", "answers.db.secret", "."])
+def test_what_another_user_owns_turns_it_off(tmp_path, which):
+    path = tmp_path / "answers.db"
+    run(lambda: fill(path, 3))
+    os.chown(tmp_path / which, 65534, 65534)
+
+    async def scenario():
+        async with Opened(path) as store:
+            assert await found(store, 3) == {}
+        assert "belongs to user 65534" in store.why_off
+
+    run(scenario)
+
+
+def test_a_field_of_another_type_has_another_digest(tmp_path):
+    """A flipped bit can make a text of bytes."""
+
+    async def scenario():
+        store = AnswerStore(tmp_path / "answers.db", LIMIT)
+        parts = [(b"a",), ("a",), (b"'a'",), ("'a'",), (b"a", b""), (b"", b"a"), (1,), ("1",), (None,)]
+        assert len({store._tag(*fields) for fields in parts}) == len(parts)
+        await store.close()
 
     run(scenario)
 

@@ -27,7 +27,7 @@ from edge_runtime.config import (
     TrustSettings,
     load_config,
 )
-from edge_runtime.core.errors import BundleError
+from edge_runtime.core.errors import BundleError, ConfigError
 from edge_runtime.loading import sandbox
 from edge_runtime.loading.model import load_model
 from edge_runtime.loading.prepare import prepare
@@ -85,6 +85,8 @@ def test_a_bundle_is_probed_once_and_its_figures_are_kept(tiny, tmp_path, no_chi
     [
         lambda entries, digest: entries[digest].update(runner="onnxruntime 0.1"),
         lambda entries, digest: entries[digest].update(max_batch=4),
+        lambda entries, digest: entries[digest].update(threads=0),
+        lambda entries, digest: entries[digest]["report"].update(memory_bytes=-1),
         lambda entries, digest: entries.update({"other": entries.pop(digest)}),
     ],
 )
@@ -114,6 +116,26 @@ def test_a_damaged_file_is_logged_and_an_unwritable_one_stops_nobody(tiny, tmp_p
     (tmp_path / "file").write_text("")
     load_model(tiny, quarantine=Quarantine(tmp_path / "file" / "trials.json"))
     assert "quarantine_file_not_saved" in caplog.text
+
+
+def test_results_of_two_processes_add_up(tiny, tmp_path):
+    record = tmp_path / "trials.json"
+    one, other = Quarantine(record), Quarantine(record)
+    second = tensor_bundle(tmp_path / "second", DOUBLE, name="second")
+    digests = {load_model(tiny, quarantine=one).digest, load_model(second, quarantine=other).digest}
+    assert json.loads(record.read_bytes()).keys() == digests
+    (digest, kept) = sorted(digests)
+    one.release(digest)
+    assert json.loads(record.read_bytes()).keys() == {kept}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to be")
+def test_results_that_another_user_wrote_are_refused(tiny, tmp_path):
+    record = tmp_path / "trials.json"
+    load_model(tiny, quarantine=Quarantine(record))
+    os.chown(record, 65534, 65534)
+    with pytest.raises(ConfigError, match=r"\[trust\] record: trials\.json belongs to user 65534"):
+        Quarantine(record)
 
 
 def test_the_record_does_not_grow_for_ever(tiny, tmp_path):
@@ -186,6 +208,13 @@ def test_a_silent_model_is_ended_by_the_clock(tmp_path):
     refused(folder, Quarantine(None, limits=Limits(wall_s=0.2)), r"did not answer within 0\.2 s")
 
 
+#: A report that passes every budget, or of no batch at all.
+REPORT = (
+    'print(\'{{"report": {{"load_ns": 1, "memory_bytes": {}, "latency_profile": [[1, 1]], \''
+    '\'"max_batch": {}, "is_batch_invariant": true}}}}\')'
+)
+
+
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
@@ -196,6 +225,8 @@ def test_a_silent_model_is_ended_by_the_clock(tmp_path):
         ("pass", "left without an answer"),
         ("print('{')", "left without an answer"),
         ("print('[' * 60000)", "left without an answer"),
+        (REPORT.format(-1, 1), "left without an answer"),
+        (REPORT.format(1, 0), "left without an answer"),
         ("os.close(1); os.close(2)\nwhile True: pass", "used more than 1 s of processor time"),
         ("while True: print('x' * 1000)", "crashed the runner (SIGKILL)"),
     ],

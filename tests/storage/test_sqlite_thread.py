@@ -1,6 +1,7 @@
 """The thread that owns a database: order, batches, errors, whose file it is; with a table of its own."""
 
 import asyncio
+import os
 import sqlite3
 import stat
 import threading
@@ -210,6 +211,65 @@ def test_a_file_of_another_program_is_refused_with_the_users_advice(tmp_path):
 
     run(scenario)
     assert (tmp_path / "db").read_bytes() == before
+
+
+async def refused(path, words):
+    numbers = Numbers(path)
+    numbers.thread.start()
+    with pytest.raises(StorageError, match=words):
+        await numbers.all()
+    await numbers.thread.close()
+
+
+def test_a_file_with_a_second_name_is_refused(tmp_path):
+    (tmp_path / "db").touch()
+    (tmp_path / "other").hardlink_to(tmp_path / "db")
+    run(lambda: refused(tmp_path / "db", "one name"))
+    assert (tmp_path / "other").read_bytes() == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to be")
+@pytest.mark.parametrize("which", ["db", "."])
+def test_a_file_or_folder_of_another_user_is_refused(tmp_path, which):
+    (tmp_path / "db").touch(0o600)
+    os.chown(tmp_path / which, 65534, 65534)
+    run(lambda: refused(tmp_path / "db", "belongs to user 65534"))
+
+
+def test_a_folder_that_every_user_may_write_is_refused(tmp_path):
+    tmp_path.chmod(0o777)
+    run(lambda: refused(tmp_path / "db", "chmod o-w"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_not_trusted_blindly(tmp_path):
+    async def scenario():
+        numbers = Numbers(tmp_path / "db")
+        numbers.thread.start()
+
+        def look(database):
+            return [database.pragma(name) for name in ("trusted_schema", "cell_size_check")]
+
+        assert await numbers.thread.submit(look) == [0, 1]
+        await numbers.thread.close()
+
+    run(scenario)
+
+
+def test_work_whose_caller_has_gone_is_not_done(tmp_path):
+    async def scenario():
+        numbers, done = Numbers(tmp_path / "db"), []
+        futures = [numbers.thread.submit(lambda database, n=n: done.append(n)) for n in range(5)]
+        for future in futures[1:4]:
+            future.cancel()
+        assert numbers.thread.pending_jobs == 5
+        numbers.thread.start()
+        await futures[4]
+        assert done == [0, 4]
+        assert numbers.thread.pending_jobs == 0
+        await numbers.thread.close()
+
+    run(scenario)
 
 
 def test_each_user_of_the_thread_sets_its_own_pragmas(tmp_path):

@@ -13,6 +13,8 @@ CACHE = "edge_runtime/core/caching/cache.py"
 S3FIFO = "edge_runtime/core/caching/s3fifo.py"
 CLOCK = "edge_runtime/storage/clock.py"
 REQUEST_ROWS = "edge_runtime/serving/request_rows.py"
+RECORD = "edge_runtime/storage/record_file.py"
+SANDBOX_MESSAGES = "edge_runtime/loading/sandbox_messages.py"
 FOLDER = "edge_runtime/bundles/folder.py"
 SIGNING = "edge_runtime/bundles/signing.py"
 ROLLBACK = "edge_runtime/bundles/rollback.py"
@@ -27,6 +29,8 @@ THREAD_TESTS = ("tests/storage/test_sqlite_thread.py",)
 FILES_TESTS = ("tests/storage/test_files.py",)
 STORE_TESTS = ("tests/caching/test_answer_store.py",)
 CACHE_TESTS = ("tests/caching/test_two_level.py",)
+RECORD_TESTS = ("tests/storage/test_record_file.py",)
+TRUST_TESTS = ("tests/bundles/test_trust.py",)
 LEVEL_TESTS = ("tests/serving/test_service_cache.py",)
 FOLDER_TESTS = ("tests/bundles/test_folder.py",)
 SIGNING_TESTS = ("tests/bundles/test_signing.py",)
@@ -36,6 +40,215 @@ STOPPABLE_TESTS = ("tests/bundles/test_stoppable.py",)
 SANDBOX_TESTS = ("tests/loading/test_sandbox.py",)
 
 GUARDS = [
+    (
+        "a floor is on disk before anything is served",
+        RECORD,
+        "                    write_durably(path, msgspec.json.encode(after))\n",
+        "                    pass\n",
+        SIGNING_TESTS,
+    ),
+    (
+        "changes of two processes add up",
+        RECORD,
+        "with locked_folder(path.parent):",
+        "with __import__('contextlib').nullcontext():",
+        RECORD_TESTS,
+    ),
+    (
+        "each change reads the file again",
+        TRUST,
+        "raise_floor(_highest(self._floors, saved), name",
+        "raise_floor(self._floors, name",
+        TRUST_TESTS,
+    ),
+    (
+        "a file that goes lowers no floor",
+        TRUST,
+        "    floors = dict(known)\n",
+        "    floors: dict[str, VersionFloor] = {}\n",
+        TRUST_TESTS,
+    ),
+    (
+        "an older file lowers no floor",
+        TRUST,
+        "mine.key != floor.key or mine.version <= floor.version",
+        "True",
+        TRUST_TESTS,
+    ),
+    ("a record of another user is refused", RECORD, "            check_owner(path)\n", "", RECORD_TESTS),
+    (
+        "a record in a folder of another user is refused",
+        RECORD,
+        "            check_owner(path.parent)\n",
+        "",
+        RECORD_TESTS,
+    ),
+    ("a damaged record is reported", RECORD, '"event=%s_reset path', '"event=%s_lost path', RECORD_TESTS),
+    (
+        "a trusted key of another user is refused",
+        TRUST,
+        "            check_owner(Path(name))",
+        "            pass",
+        TRUST_TESTS,
+    ),
+    (
+        "a link of another user is refused",
+        FILES,
+        "for state in (path.lstat(), path.stat()):",
+        "for state in (path.stat(),):",
+        FILES_TESTS,
+    ),
+    (
+        "a secret of another user is refused",
+        FILES,
+        "    check_state(path.name, state)\n    if state.st_mode & 0o077:",
+        "    if state.st_mode & 0o077:",
+        FILES_TESTS,
+    ),
+    (
+        "a secret in a folder of another user is refused",
+        FILES,
+        "    check_owner(path.parent)\n",
+        "",
+        FILES_TESTS,
+    ),
+    (
+        "a secret is read through no link",
+        FILES,
+        "os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC",
+        "os.O_RDONLY | os.O_CLOEXEC",
+        FILES_TESTS,
+    ),
+    (
+        "a state file is for this user alone",
+        FILES,
+        '_NEW_FILE, 0o600), "wb"',
+        '_NEW_FILE, 0o644), "wb"',
+        FILES_TESTS,
+    ),
+    (
+        "a state folder is for this user alone",
+        FILES,
+        "    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)\n    aside",
+        "    path.parent.mkdir(parents=True, exist_ok=True)\n    aside",
+        FILES_TESTS,
+    ),
+    (
+        "a write that fails leaves nothing",
+        FILES,
+        "        aside.unlink(missing_ok=True)\n        raise",
+        "        raise",
+        FILES_TESTS,
+    ),
+    (
+        "no relative place of the environment is used",
+        FILES,
+        "    if not home.is_absolute():\n        home = _home()",
+        "    if not str(home):\n        home = _home()",
+        FILES_TESTS,
+    ),
+    (
+        "a lock keeps others out",
+        FILES,
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        FILES_TESTS,
+    ),
+    (
+        "a database of another user is refused",
+        SQLITE_THREAD,
+        "    check_state(file.path.name, state)\n",
+        "",
+        THREAD_TESTS,
+    ),
+    (
+        "a database in a folder of another user is refused",
+        SQLITE_THREAD,
+        "    check_owner(file.path.parent)\n",
+        "",
+        THREAD_TESTS,
+    ),
+    ("a database with a second name is refused", SQLITE_THREAD, "or state.st_nlink != 1", "", THREAD_TESTS),
+    ("a schema calls no function", SQLITE_THREAD, '"trusted_schema = OFF", ', "", THREAD_TESTS),
+    (
+        "work whose caller has gone is not done",
+        SQLITE_THREAD,
+        "if not jobs[0].future.cancelled():",
+        "if True:",
+        THREAD_TESTS,
+    ),
+    (
+        "a disk that stands still gathers no look-ups",
+        ANSWER_STORE,
+        "if self._thread.pending_jobs >= _MAX_PENDING_LOOKUPS:",
+        "if False:",
+        STORE_TESTS,
+    ),
+    (
+        "waiting writes are counted with their objects",
+        ANSWER_STORE,
+        "size = len(value) + _ROW_BYTES",
+        "size = len(value)",
+        STORE_TESTS,
+    ),
+    (
+        "the size of a file is known from the start",
+        ANSWER_STORE,
+        '// _PAGE_BYTES}")\n        self.size_bytes = database.used_bytes\n',
+        '// _PAGE_BYTES}")\n',
+        STORE_TESTS,
+    ),
+    (
+        "types are in the digest of a row",
+        ANSWER_STORE,
+        'repr(field).encode("ascii"',
+        'str(field).encode("ascii"',
+        STORE_TESTS,
+    ),
+    (
+        "only a bundle is replaced",
+        FOLDER,
+        "    _check_replaceable(path)\n    former",
+        "    former",
+        FOLDER_TESTS,
+    ),
+    ("a bundle with other files is not replaced", FOLDER, "    if others:", "    if False:", FOLDER_TESTS),
+    ("a replacement that fails is undone", FOLDER, "        former.rename(path)\n", "", FOLDER_TESTS),
+    (
+        "signing writes through no link",
+        FOLDER,
+        "        aside.replace(path / SIGNATURE)\n",
+        "        (path / SIGNATURE).write_bytes(signature)\n        aside.unlink()\n",
+        FOLDER_TESTS,
+    ),
+    (
+        "what was checked is signed",
+        FOLDER,
+        "    if _sha256(raw) != bundle.digest:",
+        "    if False:",
+        FOLDER_TESTS,
+    ),
+    (
+        "no report passes every budget",
+        SANDBOX_MESSAGES,
+        "    memory_bytes: _Natural  #",
+        "    memory_bytes: int  #",
+        SANDBOX_TESTS,
+    ),
+    (
+        "more threads are probed again",
+        QUARANTINE,
+        "            and entry.threads >= threads\n",
+        "",
+        SANDBOX_TESTS,
+    ),
+    (
+        "results of two processes add up",
+        QUARANTINE,
+        "lambda saved: _with_latest(saved, digest, entry)",
+        "lambda _: self._entries",
+        SANDBOX_TESTS,
+    ),
     (
         "a kept array owns its bytes",
         TWO_LEVEL,
@@ -203,7 +416,13 @@ GUARDS = [
         FILES_TESTS,
     ),
     ("the new name is synced", FILES, "        os.fsync(folder)\n", "        pass\n", FILES_TESTS),
-    ("a secret that others may read is refused", FILES, "    if mode & 0o077:", "    if False:", FILES_TESTS),
+    (
+        "a secret that others may read is refused",
+        FILES,
+        "    if state.st_mode & 0o077:",
+        "    if False:",
+        FILES_TESTS,
+    ),
     (
         "a folder of another user is not relied on",
         FILES,
@@ -340,13 +559,6 @@ GUARDS = [
         "if key == entry and candidate",
         "if False and candidate",
         ROLLBACK_TESTS,
-    ),
-    (
-        "a floor is on disk before anything is served",
-        TRUST,
-        "                write_durably(self._path, msgspec.json.encode(floors))\n",
-        "                pass\n",
-        SIGNING_TESTS,
     ),
     (
         "a child inherits no environment",
