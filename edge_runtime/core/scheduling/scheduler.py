@@ -279,21 +279,6 @@ class Scheduler:
         self._place(now_ns, entry, self._classes[priority], lane)
         return True
 
-    def extend_deadline(self, request_id: int, deadline_ns: int | None) -> bool:
-        """Let a waiting or paused request end later (None: at any time); return False if it is neither.
-
-        It keeps its place. An earlier deadline than it has is ignored. For a request for which a caller with more time
-        waits as well.
-        """
-        entry = self._waiting.get(request_id) or self._paused.get(request_id)
-        if entry is None:
-            return False
-        if deadline_ns is None or entry.deadline_ns is None:
-            entry.deadline_ns = None
-        else:
-            entry.deadline_ns = max(entry.deadline_ns, deadline_ns)
-        return True
-
     def drain(self) -> None:
         """Refuse every later submission. Waiting requests are still served."""
         self._is_draining = True
@@ -555,9 +540,9 @@ class Scheduler:
         ]
         return self._classes[min(ranks)[2]]
 
-    def _staying(self, lane: Lane) -> list[Entry]:
-        """Remove from the queue, and return, the members that must be in the lane's next step."""
-        stay = [self._waiting[request_id] for request_id in list(lane.staying)[: self._limits.max_batch]]
+    def _staying(self, lane: Lane, rows: int) -> list[Entry]:
+        """Remove from the queue, and return, at most `rows` members that must be in the lane's next step."""
+        stay = [self._waiting[request_id] for request_id in list(lane.staying)[:rows]]
         for entry in stay:
             del lane.staying[entry.id]
             entry.queue.remove(entry)
@@ -597,7 +582,7 @@ class Scheduler:
         # thousand steps, and they would wait for its end.
         rows = self._limits.max_batch if lane.staying else lane.split.batch(lane.waiting)
         lane.is_filling = lane.waiting >= lane.split.most
-        members = self._staying(lane) if lane.staying else []
+        members = self._staying(lane, rows) if lane.staying else []
         newcomers = self._newcomers(queue, rows - len(members))
         members += newcomers
         index = pool.choose()
@@ -610,8 +595,12 @@ class Scheduler:
             fit = Fit(now_ns, lane, speed, is_stale=_is_stale(now_ns, lane))
             late, postponed = fit.apply(members, newcomers, may_shrink=may_shrink)
             # Other requests take the places of refused ones. Otherwise half of each batch would be empty at twice the
-            # load that can be served.
-            while late and not may_shrink and (others := self._newcomers(queue, rows - len(members))):
+            # load that can be served. Members of sequences beyond the batch come before newcomers here as well.
+            while late and not may_shrink:
+                left = rows - len(members)
+                others = self._staying(lane, left) if lane.staying else self._newcomers(queue, left)
+                if not others:
+                    break
                 members += others
                 late += fit.apply(members, others, may_shrink=False)[0]
             actions = [Refuse(entry.id, RefusalKind.LATE) for entry in late]

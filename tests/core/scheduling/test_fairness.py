@@ -330,6 +330,21 @@ def test_a_distant_deadline_is_no_worse_than_none_beside_a_flood_without_any():
         assert served_at(seconds * 1000 * MS) <= without
 
 
+def test_a_distant_deadline_is_kept_to_the_end():
+    scheduler, seconds = Scheduler(QueueLimits(max_batch=1), latency_profile=((1, MS),)), 1000 * MS
+    scheduler.submit(0, 0, "L")
+    scheduler.poll(0)
+    for request_id, deadline in ((1, 60), (2, 20), (3, None)):
+        scheduler.submit(0, request_id, "L", deadline_ns=deadline and deadline * seconds)
+    assert scheduler.poll(15 * seconds) == []
+    assert scheduler.next_wakeup_ns() <= 20 * seconds
+    assert scheduler.poll(20 * seconds) == [Refuse(2, RefusalKind.LATE)]
+    scheduler.batch_done(21 * seconds, 0, MS)
+    assert [action.ids for action in scheduler.poll(21 * seconds)] == [(1,)]
+    scheduler.batch_done(22 * seconds, 1, MS)
+    assert [action.ids for action in scheduler.poll(22 * seconds)] == [(3,)]
+
+
 @given(st.integers(1, 20), st.integers(1, 4), st.sampled_from([1, 4, 8]))
 def test_a_quiet_tenant_waits_for_what_runs_and_for_its_own_batch_beside_any_flood(flood, floods, most):
     scheduler = Scheduler(QueueLimits(max_batch=most), latency_profile=PROFILE[: most.bit_length()])
@@ -383,28 +398,6 @@ def test_a_member_of_a_sequence_that_is_raised_stays_in_its_steps():
     assert step.ids == (1,)
     scheduler.batch_done(2, step.batch_id, 1)
     assert scheduler.waiting == 0
-
-
-def test_a_waiting_request_lives_on_for_a_caller_with_more_time():
-    scheduler = Scheduler(QueueLimits(max_batch=1), latency_profile=((1, MS),))
-    scheduler.submit(0, 0, "L")
-    scheduler.poll(0)
-    for request_id, deadline in ((1, 3), (2, 4), (3, 30), (4, 6)):
-        assert scheduler.submit(0, request_id, "L", deadline_ns=deadline * MS) is None
-    assert scheduler.extend_deadline(1, 50 * MS)
-    assert scheduler.extend_deadline(2, None)
-    assert scheduler.extend_deadline(3, MS), "an earlier deadline is ignored"
-    assert not scheduler.extend_deadline(0, 50 * MS), "it runs"
-    assert not scheduler.extend_deadline(999, 50 * MS)
-    scheduler.batch_done(10 * MS, 0, None)  # a hiccup: everybody's own deadline has passed
-    actions = scheduler.poll(10 * MS)
-    assert [(a.id, a.kind) for a in actions if isinstance(a, Refuse)] == [(4, RefusalKind.LATE)]
-    assert [a.ids for a in actions if isinstance(a, Dispatch)] == [(1,)]
-    order = []
-    for now in (11, 12):
-        scheduler.batch_done(now * MS, now - 10, MS)
-        order += [a.ids for a in scheduler.poll(now * MS)]
-    assert order == [(2,), (3,)]
 
 
 # Time that did not run

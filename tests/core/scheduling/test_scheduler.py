@@ -109,6 +109,24 @@ def test_members_that_stay_take_turns_where_there_are_more_than_a_batch():
     assert min(steps.values()) >= 19
 
 
+def test_under_overload_a_member_that_waits_takes_the_place_of_a_late_one_and_stays_a_member():
+    scheduler = Scheduler(QueueLimits(max_batch=2), engines=(1, 1), latency_profile=((1, MS), (2, 8 * MS // 5)))
+    for request_id, deadline in ((1, 4), (2, None), (3, None), (4, None)):
+        assert scheduler.submit(0, request_id, "L", deadline_ns=deadline and deadline * MS) is None
+    first, second = scheduler.poll(0)
+    scheduler.engine_down(1)
+    assert scheduler.submit(0, 9, "L", deadline_ns=MS // 2).kind is RefusalKind.LATE  # there is an overload
+    scheduler.submit(0, 5, "L")
+    for batch in (first, second):
+        scheduler.batch_done(int(2.5 * MS), batch.batch_id, None, staying=dict.fromkeys(batch.ids, "L"))
+    actions = scheduler.poll(int(2.5 * MS))
+    assert refused(actions) == {1: RefusalKind.LATE}
+    assert ids(actions) == [(2, 3)]
+    scheduler.batch_done(4 * MS, 2, MS, staying={2: "L", 3: "L"})
+    assert ids(scheduler.poll(4 * MS)) == [(4, 2)]
+    assert scheduler.waiting == 2
+
+
 def test_duty_is_kept_down_however_many_lanes_wait():
     policy = Policy(window_ns=0, duty_target=0.1, duty_wait_ns=10_000 * MS)
     scheduler = Scheduler(LIMITS, policy, latency_profile=LADDER)

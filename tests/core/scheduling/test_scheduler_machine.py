@@ -118,29 +118,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         if len(self.waiting) < MAX_WAITING or self.twins[0].waiting_bytes + who.size > MAX_BYTES:
             return False  # it needs bytes, perhaps of several
         tenants = Counter(m.tenant for m in self.waiting.values() if m.priority == who.priority)
-        lower = [m for m in self.waiting.values() if m.priority > who.priority and not m.is_staying]
+        lower = [m for m in self.waiting.values() if m.priority > who.priority]
         own = tenants.pop(who.tenant, 0)
-        staying = any(m.is_staying for m in self.waiting.values())
-        return bool(lower) or (not staying and max(tenants.values(), default=0) > max(own + 1, rows))
+        if any(m.is_staying for m in self.waiting.values()):
+            return False  # the greediest may be a sequence, which yields to nobody
+        return bool(lower) or max(tenants.values(), default=0) > max(own + 1, rows)
 
     def urge(self, chance):
-        """Raise the priority of a request, or give it more time."""
+        """Raise the priority of a request."""
         if not self.next_id:
             return
         request_id = chance.choice([*self.waiting, *self.paused, chance.randrange(self.next_id)])
         member = self.waiting.get(request_id)
-        if chance.random() < 0.5:
-            priority = chance.randrange(PRIORITIES)
-            is_raised = member is not None and priority < member.priority
-            assert self.both(lambda s: s.raise_priority(self.now, request_id, priority)) == is_raised
-            if is_raised:
-                member.priority = priority
-            return
-        member = member or self.paused.get(request_id)
-        deadline = None if chance.random() < 0.3 else self.now + chance.randint(1, 90)
-        assert self.both(lambda s: s.extend_deadline(request_id, deadline)) == (member is not None)
-        if member is not None and member.deadline is not None:
-            member.deadline = None if deadline is None else max(member.deadline, deadline)
+        priority = chance.randrange(PRIORITIES)
+        is_raised = member is not None and priority < member.priority
+        assert self.both(lambda s: s.raise_priority(self.now, request_id, priority)) == is_raised
+        if is_raised:
+            member.priority = priority
 
     def resume(self, chance):
         """A member that paused between two steps takes part again, however full the queue is."""

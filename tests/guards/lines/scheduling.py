@@ -63,7 +63,7 @@ LINES = [
         "        if False:\n",
     ),
     ("nobody waits for a full batch", WINDOWS, "now_ns if lane.waiting >= lane.costs.sizes[-1] else ", ""),
-    ("members stay in their steps", BATCHING, "self._staying(lane) if lane.staying else []", "[]"),
+    ("members stay in their steps", BATCHING, "self._staying(lane, rows) if lane.staying else []", "[]"),
     ("an engine takes its depth at most", POOL, "        chosen.running += 1\n", ""),
     ("an engine that is down gets nothing", POOL, "if one.is_up else 0", ""),
     (

@@ -36,6 +36,12 @@ SEQUENCES = [
         "        batch = self._batches.pop(batch_id)\n",
         "        batch = self._batches.pop(batch_id)\n        batch.lane.running = 0\n",
     ),
+    (
+        "a member that fills a batch is a member no longer between two steps",
+        SCHEDULER,
+        "self._staying(lane, left) if lane.staying else self._newcomers(queue, left)",
+        "self._newcomers(queue, left)",
+    ),
     ("a poll is bounded", SCHEDULER, "and self._next_batch_id < end_id", ""),
     (
         "the next poll is due at once",
@@ -171,12 +177,6 @@ URGENCY = [
         "self._place(now_ns, entry, entry.queue.flow.priority_class, lane)",
     ),
     ("a priority is never lowered", SCHEDULER, "entry.queue.flow.priority_class.rank <= priority", "False"),
-    (
-        "a deadline is extended",
-        SCHEDULER,
-        "            entry.deadline_ns = max(entry.deadline_ns, deadline_ns)\n",
-        "            pass\n",
-    ),
     (
         "a deadline counts, not the place",
         DEADLINES,
