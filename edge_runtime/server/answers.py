@@ -13,6 +13,7 @@ from edge_runtime.core.errors import (
     Unsupported,
 )
 from edge_runtime.core.protocol import oip
+from edge_runtime.server.events import Refusal
 
 _PHRASES = {
     200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
@@ -47,8 +48,12 @@ class HttpAnswer(msgspec.Struct, frozen=True):
     retry_after_s: float | None = None
     allow: str = ""
 
-    def encode(self, *, keep_alive: bool) -> bytes:
-        """Head and body in one piece, so that one write sends it."""
+    def encode(self, *, keep_alive: bool, version: str = "1.1", is_bodiless: bool = False) -> bytes:
+        """Head and body in one piece, so that one write sends it.
+
+        The answer to a HEAD is `is_bodiless`: its Content-Length is that of the answer to a GET (RFC 9110, 9.3.2).
+        A client of HTTP/1.0 reads to the end of the connection unless it is told otherwise (RFC 9112, 9.3).
+        """
         head = [f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nContent-Length: {len(self.body)}\r\n"]
         if self.json_length is not None:
             head.append(f"Inference-Header-Content-Length: {self.json_length}\r\n")
@@ -61,7 +66,17 @@ class HttpAnswer(msgspec.Struct, frozen=True):
             head.append(f"Allow: {self.allow}\r\n")
         if not keep_alive:
             head.append("Connection: close\r\n")
-        return "".join(head).encode("latin-1") + b"\r\n" + self.body
+        elif version == "1.0":
+            head.append("Connection: keep-alive\r\n")
+        head.append("\r\n")
+        encoded = "".join(head).encode("latin-1")
+        return encoded if is_bodiless else encoded + self.body
+
+
+def refusal_answer(refusal: Refusal) -> HttpAnswer:
+    """The answer to a request that is refused before it reaches a route."""
+    body = oip.encode_error(refusal.message, reason=refusal.reason)
+    return HttpAnswer(refusal.status, body, retry_after_s=refusal.retry_after_s)
 
 
 def error_answer(status: int, message: str, *, allow: str = "") -> HttpAnswer:

@@ -2,21 +2,30 @@
 
 
 class WriteFlow:
-    """What asyncio says with pause_writing and resume_writing: above and below the transport's marks."""
+    """What asyncio says with pause_writing and resume_writing.
+
+    The transport's marks are zero, so `is_paused` means that a part of an answer has not left yet: at most one answer is
+    in the transport's buffer, and an answer is delivered to the kernel once the flow is not paused.
+    """
 
     def __init__(self) -> None:
         self.is_paused = False
-        self.paused_at = 0.0
+        self._unsent_bytes = 0
+        self._since = 0.0
 
-    def pause(self, now: float) -> None:
-        """The transport holds more than its high mark; write nothing until `resume`."""
+    def pause(self, now: float, unsent_bytes: int) -> None:
+        """The kernel took only a part; write nothing until `resume`."""
         self.is_paused = True
-        self.paused_at = now
+        self._unsent_bytes = unsent_bytes
+        self._since = now
 
     def resume(self) -> None:
-        """The transport is below its low mark again."""
+        """Everything has left."""
         self.is_paused = False
 
-    def is_stalled(self, now: float, limit_s: float) -> bool:
-        """Whether the peer has left the transport full for longer than `limit_s`."""
-        return self.is_paused and now - self.paused_at > limit_s
+    def is_stalled(self, now: float, unsent_bytes: int, limit_s: float) -> bool:
+        """Whether the peer has read nothing for longer than `limit_s`. A slow reader is not stalled."""
+        if unsent_bytes < self._unsent_bytes:
+            self._unsent_bytes = unsent_bytes
+            self._since = now
+        return self.is_paused and now - self._since > limit_s

@@ -99,8 +99,11 @@ class Service:
         *,
         tenant: str = "local",
         deadline_ns: int | None = None,
+        flow: str = "",  # noqa: ARG002 - the scheduler does not know flows yet
     ) -> InferReply:
         """Answer every row of the request, in one reply.
+
+        `flow` tells callers of one tenant apart, such as the connections of a listener.
 
         `deadline_ns` is in `time.monotonic_ns` terms; without it the configured time limit holds.
         Raises InvalidRequest and its kin, Refused, EngineFailed: the first error of a row is that of the request.
