@@ -198,7 +198,7 @@ def test_an_answer_that_is_ready_at_the_end_of_the_drain_is_not_replaced(tmp_pat
                 answer = await asyncio.to_thread(read_all, peer)
                 assert statuses(answer) == [200, 503]  # the second is what every idle peer hears
                 assert answer.count(b"x") == 4 << 20
-                assert not await drained
+                await drained
 
     run(scenario)
 
