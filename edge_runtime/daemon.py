@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 from edge_runtime.config import Config, socket_path, tcp_address
 from edge_runtime.runtime import Runtime
-from edge_runtime.server import start_server
+from edge_runtime.server import limits_of, start_server, tenancy_of
 from edge_runtime.signals import stop_signals, unless_stopped
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
             socket_path=socket_path(config),
             tcp=tcp_address(config),
             allowed_hosts=config.server.allowed_hosts,
+            limits=limits_of(config.server),
+            tenancy=tenancy_of(config.server),
         )
         try:
             _calm_collector()

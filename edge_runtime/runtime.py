@@ -25,6 +25,7 @@ from edge_runtime.serving.start_model import (
 from edge_runtime.settings import policy_of, queue_limits_of
 from edge_runtime.status import status_of
 from edge_runtime.storage.files import state_path
+from edge_runtime.uplink.interruptible import InterruptibleCloud
 
 if TYPE_CHECKING:
     from edge_runtime.caching.answer_store import AnswerStore
@@ -34,11 +35,18 @@ if TYPE_CHECKING:
 class Runtime:
     """The service and what it needs, alive inside `async with Runtime.open(...)`."""
 
-    def __init__(self, service: Service, config: Config, uplink: "Uplink | None") -> None:
+    def __init__(
+        self,
+        service: Service,
+        config: Config,
+        uplink: "Uplink | None",
+        cloud: InterruptibleCloud | None = None,
+    ) -> None:
         """Use `Runtime.open`."""
         self.service = service
         self.config = config
         self.uplink = uplink
+        self._cloud = cloud
         self._started_ns = time.monotonic_ns()
 
     @classmethod
@@ -56,7 +64,8 @@ class Runtime:
             models = {name: _served(one, config) for name, one in started.items()}
             uplink = await _open_uplink(config, stack)
             store = await _open_store(models, config, stack)
-            yield cls(_service(models, config, uplink, store), config, uplink)
+            cloud = None if uplink is None else InterruptibleCloud(uplink)
+            yield cls(_service(models, config, cloud, store), config, uplink, cloud)
 
     async def ask(self, text: str, *, model: str = "commands", is_private: bool = False) -> Outcome:
         """Answer one text. Raises InvalidRequest and its kin, Refused, EngineFailed."""
@@ -65,6 +74,11 @@ class Runtime:
     async def infer(self, model: str, request: InferRequest, *, deadline_ns: int | None = None) -> InferReply:
         """Answer a request of the Open Inference Protocol; see `Service.infer`."""
         return await self.service.infer(model, None, request, deadline_ns=deadline_ns)
+
+    def hurry(self) -> None:
+        """Answer what waits for the cloud with the edge's own answers, degraded: the daemon is about to end."""
+        if self._cloud is not None:
+            self._cloud.interrupt()
 
     def metrics(self) -> bytes:
         """Prometheus text."""
@@ -142,7 +156,10 @@ async def _open_store(
 
 
 def _service(
-    models: Mapping[str, ServedModel], config: Config, uplink: "Uplink | None", store: "AnswerStore | None"
+    models: Mapping[str, ServedModel],
+    config: Config,
+    cloud: InterruptibleCloud | None,
+    store: "AnswerStore | None",
 ) -> Service:
     cache: Cache[Outcome] | None = None
     if config.cache.enabled:
@@ -150,7 +167,7 @@ def _service(
     return Service(
         models,
         cache=cache,
-        cloud=uplink,
+        cloud=cloud,
         device_secret=secrets.token_bytes(32) if store is None else store.secret,
         store=store,
         timeout_s=config.requests.timeout_s,

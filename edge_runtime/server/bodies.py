@@ -88,7 +88,9 @@ def _inflated(body: bytes | bytearray, window: int, limit_bytes: int) -> Iterato
             rest = inflate.unconsumed_tail
             size += len(part)
             if size > limit_bytes:
-                raise TooLarge(f"The body inflates to more than {limit_bytes} bytes.")
+                raise TooLarge(
+                    f"The body inflates to more than {limit_bytes} bytes ([server] max_body_bytes)."
+                )
             yield part
             if not part:
                 break

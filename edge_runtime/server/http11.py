@@ -132,7 +132,9 @@ def body_framing(version: str, headers: dict[str, str], body_limit: int) -> int 
         return None  # 6.3 item 4
     length = headers.get("content-length", "0")  # 6.3 items 6 and 7: without either header there is no body
     if not length.isdecimal() or len(length) > 19 or int(length) > body_limit:
-        return Refusal(413, f"The body is longer than {body_limit} bytes.", "too_large")
+        return Refusal(
+            413, f"The body is longer than {body_limit} bytes ([server] max_body_bytes).", "too_large"
+        )
     return int(length)
 
 
@@ -317,7 +319,12 @@ class _Reader:
         self._take(BEGIN)
         if self.unanswered >= self._limits.pipelined:
             self.refuse(
-                Refusal(429, f"More than {self._limits.pipelined} requests are pipelined.", "pipelined", 1.0)
+                Refusal(
+                    429,
+                    f"More than {self._limits.pipelined} requests are pipelined ([server] max_pipelined).",
+                    "pipelined",
+                    1.0,
+                )
             )
 
     def on_url(self, url: bytes) -> None:
@@ -374,7 +381,11 @@ class _Reader:
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.body_bytes:
             self.refuse(
-                Refusal(413, f"The body is longer than {self._limits.body_bytes} bytes.", "too_large")
+                Refusal(
+                    413,
+                    f"The body is longer than {self._limits.body_bytes} bytes ([server] max_body_bytes).",
+                    "too_large",
+                )
             )
         else:
             self._events.append(BodyPart(body))

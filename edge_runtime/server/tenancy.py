@@ -8,6 +8,7 @@ all callers are the tenant "local".
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edge_runtime.config import ServerSettings
 from edge_runtime.server.events import Refusal
 
 LOCAL = "local"
@@ -36,3 +37,8 @@ class Tenancy:
         if name not in self.names:
             return Refusal(403, f"Header {self.header} names no tenant of [server] tenants.", "tenant")
         return name
+
+
+def tenancy_of(settings: ServerSettings) -> Tenancy:
+    """The rule that an operator has set."""
+    return Tenancy(settings.tenant_header.lower(), frozenset(settings.tenants), settings.tenant_by_user)

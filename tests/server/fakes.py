@@ -33,6 +33,7 @@ class FakeService:
         self.cancelled = 0
         self.begun = asyncio.Semaphore(0)  # released once for each request that reaches the service
         self.calls = []
+        self.hurried = asyncio.Event()
         self.padding = b""  # a text that each answer brings, to make it long
 
     async def infer(self, model, version, request, **travel):
@@ -70,6 +71,9 @@ class FakeApplication:
 
     def __init__(self):
         self.service = FakeService()
+
+    def hurry(self):
+        self.service.hurried.set()
 
     def metrics(self):
         return b"# none\n"

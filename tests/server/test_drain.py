@@ -184,6 +184,22 @@ def test_what_is_not_ready_at_the_end_of_the_drain_is_answered_with_503(tmp_path
     run(scenario)
 
 
+def test_before_the_end_of_the_drain_what_waits_for_the_cloud_is_answered_without_it(tmp_path):
+    async def scenario():
+        async with fake_server(tmp_path) as (service, server, port):
+            service.gate = service.hurried  # the service waits until it is told to hurry
+            reader, writer = await connect(port)
+            writer.write(infer())
+            await service.begun.acquire()
+            await server.close_ingress()
+            assert await server.drain(0)
+            status, headers, _ = await read_answer(reader)
+            assert (status, headers["connection"]) == (200, "close")
+            writer.close()
+
+    run(scenario)
+
+
 def test_an_answer_that_is_ready_at_the_end_of_the_drain_is_not_replaced(tmp_path):
     async def scenario():
         async with fake_server(tmp_path, HttpLimits(write_s=LIMIT_S)) as (service, server, port):
