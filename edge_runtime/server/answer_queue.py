@@ -1,8 +1,10 @@
-"""The answers of one connection: they leave in the order of the requests, and a slow reader holds at most one of them."""
+"""The answers of one connection: they leave in the order of the requests, and no faster than the peer reads them."""
 
 import asyncio
 from collections import deque
-from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from edge_runtime.server.answers import HttpAnswer
 from edge_runtime.server.byte_budget import Lease
@@ -10,7 +12,7 @@ from edge_runtime.server.events import RequestHead
 from edge_runtime.server.flow_control import WriteFlow
 
 
-class PendingAnswer(NamedTuple):
+class PendingAnswer(msgspec.Struct, frozen=True):
     """A request that is not answered yet: its task, or for a refusal a future that has its answer."""
 
     answer: "asyncio.Future[HttpAnswer]"
@@ -36,7 +38,7 @@ class AnswerQueue:
 
     @property
     def is_busy(self) -> bool:
-        """Whether an answer is awaited, or a part of one has not left for the kernel."""
+        """Whether an answer is awaited, or the peer does not read the one before it."""
         return bool(self._pending) or self.flow.is_paused
 
     @property
@@ -60,18 +62,17 @@ class AnswerQueue:
         return self._pending.popleft()
 
     def write(self, transport: asyncio.Transport, due: PendingAnswer, *, is_last: bool) -> None:
-        """Write what `next_due` returned, and release what the request held once all of it has left."""
-        self._unsent.append(due.lease)
+        """Write what `next_due` returned, and release what the request held, later where the peer does not read it."""
         if not due.answer.cancelled():
+            answer = due.answer.result()
+            keep_alive = due.keep_alive and not is_last
             transport.write(
-                due.answer.result().encode(
-                    keep_alive=due.keep_alive and not is_last,
-                    version=due.version,
-                    is_bodiless=due.is_bodiless,
-                )
+                answer.encode(keep_alive=keep_alive, version=due.version, is_bodiless=due.is_bodiless)
             )
-        if not self.flow.is_paused:  # the transport calls pause_writing within write
-            self.sent()
+        if self.flow.is_paused:  # the transport calls pause_writing within write
+            self._unsent.append(due.lease)
+        else:
+            due.lease.release()
 
     def sent(self) -> None:
         """Note that everything written has left."""
@@ -84,7 +85,7 @@ class AnswerQueue:
         waiting = [at for at, pending in enumerate(self._pending) if not pending.answer.done()]
         for at in waiting:
             self._pending[at].answer.cancel()
-            self._pending[at] = self._pending[at]._replace(answer=_ready(answer))
+            self._pending[at] = replace(self._pending[at], answer=_ready(answer))
         return len(waiting)
 
     def cancel(self) -> None:

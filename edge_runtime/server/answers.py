@@ -54,23 +54,21 @@ class HttpAnswer(msgspec.Struct, frozen=True):
         The answer to a HEAD is `is_bodiless`: its Content-Length is that of the answer to a GET (RFC 9110, 9.3.2).
         A client of HTTP/1.0 reads to the end of the connection unless it is told otherwise (RFC 9112, 9.3).
         """
-        head = [f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nContent-Length: {len(self.body)}\r\n"]
         if self.json_length is not None:
-            head.append(f"Inference-Header-Content-Length: {self.json_length}\r\n")
-            head.append("Content-Type: application/octet-stream\r\n")
-        elif self.body:
-            head.append(f"Content-Type: {self.content_type}\r\n")
-        if self.retry_after_s is not None:
-            head.append(f"Retry-After: {max(1, round(self.retry_after_s))}\r\n")
-        if self.allow:
-            head.append(f"Allow: {self.allow}\r\n")
+            fields = f"Inference-Header-Content-Length: {self.json_length}\r\nContent-Type: application/octet-stream\r\n"
+        else:
+            fields = f"Content-Type: {self.content_type}\r\n" if self.body else ""
         if not keep_alive:
-            head.append("Connection: close\r\n")
+            fields += "Connection: close\r\n"
         elif version == "1.0":
-            head.append("Connection: keep-alive\r\n")
-        head.append("\r\n")
-        encoded = "".join(head).encode("latin-1")
-        return encoded if is_bodiless else encoded + self.body
+            fields += "Connection: keep-alive\r\n"
+        if self.retry_after_s is not None:
+            fields += f"Retry-After: {max(1, round(self.retry_after_s))}\r\n"
+        if self.allow:
+            fields += f"Allow: {self.allow}\r\n"
+        length = len(self.body)
+        head = f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nContent-Length: {length}\r\n{fields}\r\n"
+        return head.encode("latin-1") if is_bodiless else head.encode("latin-1") + self.body
 
 
 def refusal_answer(refusal: Refusal) -> HttpAnswer:

@@ -1,7 +1,8 @@
 """Bodies <-> messages without holding up the event loop: large ones are inflated, decoded and encoded in steps.
 
 Between two steps the loop serves others. Large bodies take turns, one at a time: however many there are, a health check
-waits for one step and not for one step of each. Small bodies, nearly all of them, are decoded at once.
+waits for one step and not for one step of each. Small bodies, nearly all of them, do not come here: the routes decode
+them at once.
 """
 
 import asyncio
@@ -11,11 +12,11 @@ from collections.abc import Iterator
 from edge_runtime.core.errors import InvalidRequest, RefusalKind, Refused, TooLarge
 from edge_runtime.core.messages import InferReply, InferRequest, Signature
 from edge_runtime.core.protocol import oip
-from edge_runtime.core.protocol.tensor_data import Steps, T, is_long
+from edge_runtime.core.protocol.tensor_data import Steps, T
 from edge_runtime.server.byte_budget import Lease
 
 #: A body up to this size takes less than 2 ms whatever it holds.
-_SMALL_BYTES = 16 << 10
+SMALL_BODY_BYTES = 16 << 10
 #: What zlib inflates in one step: 1 to 3 ms.
 _INFLATE_BYTES = 1 << 20
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
@@ -42,8 +43,6 @@ class Bodies:
         """
         coding = coding.strip().lower()
         if coding in ("", "identity"):
-            if len(body) <= _SMALL_BYTES:
-                return oip.decode_request(body, json_length, signature)
             async with self._turn:
                 return await _spread(oip.decoding_request(body, json_length, signature))
         if coding not in _WINDOWS:
@@ -61,8 +60,6 @@ class Bodies:
 
     async def encode(self, reply: InferReply) -> tuple[bytes, int | None]:
         """Return the body of a reply and the length of its JSON part. Raises EngineFailed, Unsupported."""
-        if all(tensor.name in reply.binary_outputs or not is_long(tensor) for tensor in reply.outputs):
-            return oip.encode_reply(reply)
         async with self._turn:
             return await _spread(oip.encoding_reply(reply))
 

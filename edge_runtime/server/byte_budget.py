@@ -4,6 +4,8 @@ A cap on each peer alone bounds nothing: 256 peers with an unfinished upload of 
 are counted when they arrive, not when they are announced, so that nobody reserves memory with a header.
 """
 
+import msgspec
+
 #: A body or answer up to this size may use the whole budget, a larger one three quarters of it: uploads that are never
 #: finished cannot keep commands out.
 SMALL_BYTES = 64 << 10
@@ -22,30 +24,27 @@ class ByteBudget:
         return more_bytes <= 0 or self.held_bytes + more_bytes <= limit
 
 
-class Lease:
-    """What one request holds: its body, then its answer. Whoever makes a lease releases it, however the request ends.
+class Lease(msgspec.Struct, gc=False):
+    """What one request holds: its body, then its answer. The owner of a lease releases it, however the request ends.
 
     After `release` it holds nothing and cannot grow: a task that was cancelled may run once more.
     """
 
-    __slots__ = ("_budget", "_is_released", "size_bytes")
-
-    def __init__(self, budget: ByteBudget) -> None:
-        self._budget = budget
-        self._is_released = False
-        self.size_bytes = 0
+    budget: ByteBudget
+    size_bytes: int = 0
+    is_released: bool = False
 
     def resize(self, size_bytes: int) -> bool:
         """Hold `size_bytes` from now on; False, and no change, where that is not free. To shrink always succeeds."""
-        more = size_bytes - self.size_bytes
-        if self._is_released or not self._budget.has_room(self.size_bytes, more):
+        more, budget = size_bytes - self.size_bytes, self.budget
+        if self.is_released or (more > 0 and not budget.has_room(self.size_bytes, more)):
             return False
-        self._budget.held_bytes += more
+        budget.held_bytes += more
         self.size_bytes = size_bytes
         return True
 
     def release(self) -> None:
         """Hold nothing, for good. Idempotent."""
-        self._budget.held_bytes -= self.size_bytes
+        self.budget.held_bytes -= self.size_bytes
         self.size_bytes = 0
-        self._is_released = True
+        self.is_released = True

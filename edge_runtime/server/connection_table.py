@@ -48,12 +48,14 @@ class ConnectionTable:
     def __len__(self) -> int:
         return len(self._served) + len(self._spare) + len(self._ending)
 
-    def admit(self, peer: Peer, now: float) -> None:
-        """Take a new connection, as served or as spare."""
-        if not self.serve(peer) and not (self._shed(now) and self.serve(peer)):
-            if len(self._spare) >= self._limits.spare_connections:
-                next(iter(self._spare)).refuse(TOO_MANY)
-            self._spare[peer] = None
+    def admit(self, peer: Peer, now: float) -> bool:
+        """Take a new connection; True as served, False as spare."""
+        if self.serve(peer) or (self._shed(now) and self.serve(peer)):
+            return True
+        if len(self._spare) >= self._limits.spare_connections:
+            next(iter(self._spare)).refuse(TOO_MANY)
+        self._spare[peer] = None
+        return False
 
     def serve(self, peer: Peer) -> bool:
         """Whether a connection is served; a spare one takes a place that has become free."""

@@ -11,24 +11,21 @@ class Drain:
     def __init__(self) -> None:
         self.has_begun = False
         self.owed_bytes = 0
-        self._is_owed = True
+        self.owes_present = (
+            True  # the request whose head is being read, or has just been read, is owed an answer
+        )
 
     def begin(self, unread_bytes: int, *, is_reading_one: bool) -> None:
         """Draw the line here. `is_reading_one` where a part of a request has been read."""
         self.has_begun = True
         self.owed_bytes = unread_bytes
-        self._is_owed = is_reading_one
+        self.owes_present = is_reading_one
 
     def read(self, size_bytes: int, *, is_between: bool) -> None:
-        """Note that bytes were read; `is_between` where the last request before them is complete."""
+        """Note, once it has begun, that bytes were read; `is_between` where the last request before them is complete."""
         if is_between:
-            self._is_owed = not self.has_begun or self.owed_bytes > 0
+            self.owes_present = self.owed_bytes > 0
         self.owed_bytes = max(0, self.owed_bytes - size_bytes)
-
-    @property
-    def owes_present(self) -> bool:
-        """Whether the request whose head has just been read is owed an answer."""
-        return self._is_owed
 
     @property
     def owes_more(self) -> bool:

@@ -1,11 +1,15 @@
 """Whether the peer reads what is written to it."""
 
+#: Bytes that the transport keeps before the flow is paused. With 0 each answer would be written at once: uvloop then
+#: makes a system call within the turn of the loop instead of one for all at its end, which took a tenth of the rate.
+HIGH_MARK_BYTES = 64 << 10
+
 
 class WriteFlow:
     """What asyncio says with pause_writing and resume_writing.
 
-    The transport's marks are zero, so `is_paused` means that a part of an answer has not left yet: at most one answer is
-    in the transport's buffer, and an answer is delivered to the kernel once the flow is not paused.
+    The transport's low mark is zero, so a paused flow resumes only once everything has left for the kernel. Beyond the
+    high mark a peer that does not read has at most one answer in the transport's buffer.
     """
 
     def __init__(self) -> None:
@@ -14,7 +18,7 @@ class WriteFlow:
         self._since = 0.0
 
     def pause(self, now: float, unsent_bytes: int) -> None:
-        """The kernel took only a part; write nothing until `resume`."""
+        """The transport holds more than its high mark; write nothing until `resume`."""
         self.is_paused = True
         self._unsent_bytes = unsent_bytes
         self._since = now

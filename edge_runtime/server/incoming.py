@@ -1,5 +1,7 @@
 """A request whose body is being read."""
 
+import msgspec
+
 from edge_runtime.server.byte_budget import Lease
 from edge_runtime.server.events import RequestHead
 
@@ -7,19 +9,16 @@ from edge_runtime.server.events import RequestHead
 _PROGRESS_BYTES = 1024
 
 
-class Incoming:
+class Incoming(msgspec.Struct):
     """The head, the body so far, and the lease on the bytes of it."""
 
-    __slots__ = ("_progress_at", "_progress_bytes", "body", "head", "is_continue_due", "lease", "tenant")
-
-    def __init__(self, head: RequestHead, tenant: str, lease: Lease, now: float) -> None:
-        self.head = head
-        self.tenant = tenant
-        self.lease = lease
-        self.body: bytes | bytearray = b""
-        self.is_continue_due = head.expects_continue
-        self._progress_bytes = 0
-        self._progress_at = now
+    head: RequestHead
+    tenant: str
+    lease: Lease
+    progress_at: float  # when `progress_bytes` of the body had come
+    is_continue_due: bool
+    body: bytes | bytearray = b""
+    progress_bytes: int = 0
 
     def add(self, data: bytes) -> bool:
         """Keep some bytes of the body; False where the budget has no room for them."""
@@ -36,6 +35,6 @@ class Incoming:
 
     def is_stalled(self, now: float, limit_s: float) -> bool:
         """Whether less than 1 KiB of the body came within the last `limit_s` seconds."""
-        if len(self.body) >= self._progress_bytes + _PROGRESS_BYTES:
-            self._progress_bytes, self._progress_at = len(self.body), now
-        return now - self._progress_at > limit_s
+        if len(self.body) >= self.progress_bytes + _PROGRESS_BYTES:
+            self.progress_bytes, self.progress_at = len(self.body), now
+        return now - self.progress_at > limit_s

@@ -34,6 +34,7 @@ from edge_runtime.server.tenancy import Tenancy
 
 #: At least this long after the daemon has stopped to wait for the cloud, the edge's answers may take to be written.
 _HURRY_S = 0.1
+_LOOK_AGAIN_S = 0.05
 
 
 class Server:
@@ -180,11 +181,17 @@ class Server:
 
     async def _wait_settled(self, limit_s: float) -> bool:
         """Whether all connections settle within `limit_s`."""
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(limit_s):
                 while not all(connection.is_settled for connection in self.connections()):
                     self._settled.clear()
-                    await self._settled.wait()
+                    # The last bytes of an answer, below the transport's mark, leave without a callback.
+                    again = loop.call_later(_LOOK_AGAIN_S, self._settled.set)
+                    try:
+                        await self._settled.wait()
+                    finally:
+                        again.cancel()
         except TimeoutError:
             return False
         return True

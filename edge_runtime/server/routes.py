@@ -10,8 +10,9 @@ import msgspec
 from edge_runtime import __version__
 from edge_runtime.core.errors import InvalidRequest, UnknownModel
 from edge_runtime.core.messages import InferReply, InferRequest, ModelInfo, ModelStatistics, TensorSpec
+from edge_runtime.core.protocol import oip
 from edge_runtime.server.answers import HttpAnswer, error_answer
-from edge_runtime.server.bodies import Bodies
+from edge_runtime.server.bodies import SMALL_BODY_BYTES, Bodies
 from edge_runtime.server.byte_budget import Lease
 
 _encode = msgspec.json.Encoder().encode
@@ -147,13 +148,12 @@ async def _infer(
     length = headers.get("inference-header-content-length")
     if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= 10):
         raise InvalidRequest("Inference-Header-Content-Length must be a number of bytes.")
-    decoded = await bodies.decode(
-        request.body,
-        request.lease,
-        headers.get("content-encoding", ""),
-        None if length is None else int(length),
-        signature,
-    )
+    json_length = None if length is None else int(length)
+    coding = headers.get("content-encoding")
+    if coding is None and len(request.body) <= SMALL_BODY_BYTES:
+        decoded = oip.decode_request(request.body, json_length, signature)
+    else:
+        decoded = await bodies.decode(request.body, request.lease, coding or "", json_length, signature)
     reply = await service.infer(
         name,
         version,
@@ -162,7 +162,7 @@ async def _infer(
         deadline_ns=_deadline_ns(decoded, arrived_ns),
         flow=request.flow,
     )
-    encoded, json_length = await bodies.encode(reply)
+    encoded, json_length = await bodies.encode(reply) if oip.is_long_reply(reply) else oip.encode_reply(reply)
     return HttpAnswer(200, encoded, json_length=json_length)
 
 

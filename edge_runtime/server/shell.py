@@ -33,6 +33,7 @@ from edge_runtime.server.connection_table import TOO_MANY, ConnectionTable
 from edge_runtime.server.counters import HttpCounters
 from edge_runtime.server.drain import Drain
 from edge_runtime.server.events import BodyPart, CheckHead, Event, Refusal, RequestEnd, RequestHead
+from edge_runtime.server.flow_control import HIGH_MARK_BYTES
 from edge_runtime.server.http11 import Http11, State
 from edge_runtime.server.incoming import Incoming
 from edge_runtime.server.limits import HttpLimits
@@ -77,6 +78,7 @@ class Connection(asyncio.Protocol):
         self._incoming: Incoming | None = None
         self._answers = AnswerQueue()
         self._drain = Drain()
+        self._is_spare = False  # one too many, as long as no place is free
         self._is_refused = False
         self._is_finished = False  # the last answer was written; lingers, or closes
         self._is_probed = False
@@ -91,7 +93,8 @@ class Connection(asyncio.Protocol):
     def is_settled(self) -> bool:
         """Whether nothing of a request or an answer is left to do. What was written has left for the kernel."""
         is_reading_one = self._machine.state in (State.HEAD, State.BODY) or self._drain.owed_bytes > 0
-        return not is_reading_one and not self._answers.is_busy
+        is_writing = self._transport is not None and self._transport.get_write_buffer_size() > 0
+        return not is_reading_one and not is_writing and not self._answers.is_busy
 
     def is_idle(self) -> bool:
         """Whether the connection waits for a request of which no byte has arrived, not even in the kernel."""
@@ -157,11 +160,11 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass
-        stream.set_write_buffer_limits(high=0)
+        stream.set_write_buffer_limits(high=HIGH_MARK_BYTES, low=0)
         config = self._config
         self._flow_id = f"{config.name}-{config.next_number()}"
         self._user = user_of(self._socket())
-        config.table.admit(self, config.now())
+        self._is_spare = not config.table.admit(self, config.now())
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self._transport = None
@@ -202,7 +205,8 @@ class Connection(asyncio.Protocol):
         is_between = machine.state is State.IDLE
         if is_between:
             self.since = self._config.now()
-        self._drain.read(len(data), is_between=is_between)
+        if self._drain.has_begun:
+            self._drain.read(len(data), is_between=is_between)
         try:
             events = machine.receive(data)
         except Exception:  # noqa: BLE001 - a defect of ours must end in an answer; it is logged
@@ -234,26 +238,25 @@ class Connection(asyncio.Protocol):
             self.refuse(tenant, head)
             return
         self.since = now = self._config.now()
-        self._incoming = Incoming(head, tenant, Lease(self._config.budget), now)
+        self._incoming = Incoming(head, tenant, Lease(self._config.budget), now, head.expects_continue)
         if head.expects_continue and not self._answers:
             self._continue()
 
     def _check(self, head: RequestHead) -> str | Refusal:
         """The tenant of a request, or why it is refused before its body is read."""
         config = self._config
-        if not is_health_check(head.target):
+        if (self._is_spare or not self._drain.owes_present) and not is_health_check(head.target):
             if not self._drain.owes_present:
                 return DRAINING
-            if not config.table.serve(self):
+            self._is_spare = not config.table.serve(self)
+            if self._is_spare:
                 return TOO_MANY
-        length = head.length or 0
-        if length > config.budget.limit_bytes:
-            return Refusal(413, "The body is longer than [server] buffer_bytes.", "too_large")
-        if not config.budget.has_room(0, length):
+        if head.length and not config.budget.has_room(0, head.length):
+            if head.length > config.budget.limit_bytes:
+                return Refusal(413, "The body is longer than [server] buffer_bytes.", "too_large")
             return _BUFFER_FULL
-        if config.tenancy.is_off:
-            return LOCAL
-        return config.tenancy.tenant_of(head.headers, self._user)
+        tenancy = config.tenancy
+        return LOCAL if tenancy.is_off else tenancy.tenant_of(head.headers, self._user)
 
     def _continue(self) -> None:
         """Ask for the body (RFC 9110, 10.1.1), unless it comes unasked. Never between two answers."""
@@ -318,18 +321,21 @@ class Connection(asyncio.Protocol):
         transport, answers = self._transport, self._answers
         if transport is None:
             return
+        machine = self._machine
         while (due := answers.next_due()) is not None:
-            self._machine.answered()
+            machine.answered()
             is_last = not answers and self._takes_no_more()
             if is_last:
-                self._machine.stop()
+                machine.stop()
             answers.write(transport, due, is_last=is_last)
         self._settle()
 
     def _takes_no_more(self) -> bool:
         """Whether no request may follow those that are complete."""
-        is_between = self._machine.state is State.IDLE and not self._drain.owes_more
-        return is_between or not self._machine.is_reading
+        machine = self._machine
+        if not self._drain.has_begun:
+            return not machine.is_reading
+        return not machine.is_reading or (machine.state is State.IDLE and not self._drain.owes_more)
 
     def _settle(self) -> None:
         """Go on to what is next once no answer is under way."""

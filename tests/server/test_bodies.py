@@ -152,7 +152,7 @@ def test_two_million_texts_in_eight_kilobytes_are_refused_for_what_their_json_sa
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode()
         + body
     )
-    monkeypatch.setattr(oip, "read_binary", None)  # no data is decoded
+    monkeypatch.setattr(oip, "reading_binary", None)  # no data is decoded
 
     async def scenario():
         async with fake_server(tmp_path) as (service, _, port):

@@ -4,7 +4,7 @@ A body is JSON, or a JSON header of `json_length` bytes followed by the raw litt
 header's order. Every length is checked before it is believed; errors never repeat bytes of the request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +17,7 @@ from edge_runtime.core.errors import (
 from edge_runtime.core.messages import (
     InferReply,
     InferRequest,
+    OutputRequest,
     Scalar,
     Signature,
     Tensor,
@@ -28,30 +29,29 @@ from edge_runtime.core.protocol.oip_checks import (
     check_counts,
     check_inputs,
     check_outputs,
-    count_elements,
+    check_tensor,
     decode_json,
     is_absent,
     read_output,
     read_outputs,
     read_parameters,
-    request_parameters,
     tensor_parameters,
 )
 from edge_runtime.core.protocol.tensor_data import (
     Steps,
-    complete,
     is_long,
     read_binary,
     read_json,
+    reading_binary,
+    reading_json,
     write_binary,
     write_json,
-    write_long_json,
+    writing_json,
 )
 
 #: Places of faults, made once: to format them for each tensor would cost every request a tenth of its decoding.
 _INPUTS, _OUTPUTS = ([f"{word}[{at}]" for at in range(LIMITS.tensors)] for word in ("inputs", "outputs"))
 _LARGE_JSON_BYTES = 16 << 10
-_LARGE_TENSOR = 8192
 
 
 class _Request(msgspec.Struct):
@@ -86,36 +86,28 @@ _encoder = msgspec.json.Encoder()
 def decode_request(
     body: bytes | bytearray, json_length: int | None, signature: Signature | None = None
 ) -> InferRequest:
-    """Decode a request; `json_length` is None for pure JSON. See `decoding_request`."""
-    return complete(decoding_request(body, json_length, signature))
-
-
-def decoding_request(
-    body: bytes | bytearray, json_length: int | None, signature: Signature | None = None
-) -> Steps[InferRequest]:
-    """Decode a request in steps, so that a body of megabytes stops nobody else.
+    """Decode a request; `json_length` is None for pure JSON.
 
     With `signature`, the names, datatypes and shapes are compared with the model's before any data is decoded.
     Raises InvalidRequest and its kin, with the place of the fault.
     """
     head, tail = _split(body, json_length)
+    message = _check_request(head, signature)
+    return _request(message, _tensors(_INPUTS, message.inputs, tail))
+
+
+def decoding_request(
+    body: bytes | bytearray, json_length: int | None, signature: Signature | None = None
+) -> Steps[InferRequest]:
+    """Do what `decode_request` does, in steps, so that a body of megabytes stops nobody else."""
+    head, tail = _split(body, json_length)
     if len(head) > _LARGE_JSON_BYTES:  # half a million entries are refused before they are decoded
         if len(decode_json(_names_decoder, head).inputs) > LIMITS.tensors:
             raise TooLarge(f"More than {LIMITS.tensors} inputs.")
         yield
-    message: _Request = decode_json(_request_decoder, head)
-    outputs = read_outputs(message.outputs)
-    check_counts(message.inputs, outputs, message.id)
-    parameters, binary_default = request_parameters(message.parameters)
-    counts = list(map(count_elements, _INPUTS, message.inputs))
-    if signature is not None:
-        check_inputs(message.inputs, signature.inputs)
-        check_outputs(outputs, signature)
-    asked = tuple(
-        [read_output(place, output, binary_default) for place, output in zip(_OUTPUTS, outputs, strict=False)]
-    )
-    tensors = yield from _tensors(_INPUTS, message.inputs, counts, tail)
-    return InferRequest(tensors, message.id or "", parameters, asked, binary_default)
+    message = _check_request(head, signature)
+    yield
+    return _request(message, (yield from _tensors_in_steps(_INPUTS, message.inputs, tail)))
 
 
 def decode_reply(body: bytes, json_length: int | None) -> InferReply:
@@ -123,11 +115,12 @@ def decode_reply(body: bytes, json_length: int | None) -> InferReply:
     head, tail = _split(body, json_length)
     message: _Reply = decode_json(_reply_decoder, head)
     check_counts(message.outputs, (), message.id)
-    counts = list(map(count_elements, _OUTPUTS, message.outputs))
+    for place, entry in zip(_OUTPUTS, message.outputs, strict=False):
+        check_tensor(place, entry)
     return InferReply(
         model_name=message.model_name,
         model_version=message.model_version or "",
-        outputs=complete(_tensors(_OUTPUTS, message.outputs, counts, tail)),
+        outputs=_tensors(_OUTPUTS, message.outputs, tail),
         id=message.id or "",
         parameters=read_parameters(
             "parameters", message.parameters, refuse_unknown_values_of=KNOWN_PARAMETERS
@@ -157,30 +150,36 @@ def encode_request(request: InferRequest, *, binary: bool = False) -> tuple[byte
 
 
 def encode_reply(reply: InferReply) -> tuple[bytes, int | None]:
-    """Encode a reply; the second value is the length of its JSON part, or None if that is all."""
-    return complete(encoding_reply(reply))
+    """Encode a reply; the second value is the length of its JSON part, or None if that is all.
+
+    Raises Unsupported, and EngineFailed where the model answered with NaN or infinity.
+    """
+    tail: list[bytes] = []
+    outputs = [
+        _binary_tree(tensor, tail)
+        if tensor.name in reply.binary_outputs
+        else _json_tree(tensor, write_json(tensor, EngineFailed))
+        for tensor in reply.outputs
+    ]
+    return _join(_reply_tree(reply, outputs), tail)
+
+
+def is_long_reply(reply: InferReply) -> bool:
+    """Whether a reply is better encoded in steps."""
+    return any(map(is_long, reply.outputs))
 
 
 def encoding_reply(reply: InferReply) -> Steps[tuple[bytes, int | None]]:
-    """Encode a reply in steps. Raises Unsupported, and EngineFailed where the model answered with NaN or infinity."""
+    """Do what `encode_reply` does, in steps."""
     tail: list[bytes] = []
     outputs = []
     for tensor in reply.outputs:
         if tensor.name in reply.binary_outputs:
             outputs.append(_binary_tree(tensor, tail))
-        elif is_long(tensor):
-            outputs.append(_json_tree(tensor, (yield from write_long_json(tensor, EngineFailed))))
         else:
-            outputs.append(_json_tree(tensor, write_json(tensor, EngineFailed)))
-    tree: dict[str, Any] = {
-        "model_name": reply.model_name,
-        "model_version": reply.model_version,
-        "parameters": reply.parameters,
-        "outputs": outputs,
-    }
-    if reply.id:
-        tree["id"] = reply.id
-    return _join(tree, tail)
+            outputs.append(_json_tree(tensor, (yield from writing_json(tensor, EngineFailed))))
+        yield
+    return _join(_reply_tree(reply, outputs), tail)
 
 
 #: The `reason` of an error that repeating the request cannot cure.
@@ -216,32 +215,93 @@ def _split(body: bytes | bytearray, json_length: int | None) -> tuple[bytes | me
     return view[:json_length], view[json_length:]
 
 
-def _tensors(
-    places: Sequence[str], entries: Sequence[TensorEntry], counts: Sequence[int], tail: memoryview
+def _check_request(head: bytes | memoryview, signature: Signature | None) -> _Request:
+    """Everything that can be refused without looking at data."""
+    message: _Request = decode_json(_request_decoder, head)
+    check_counts(message.inputs, (), message.id)
+    for place, entry in zip(_INPUTS, message.inputs, strict=False):
+        check_tensor(place, entry)
+    if signature is not None:
+        check_inputs(message.inputs, signature.inputs)
+        if message.outputs:
+            check_outputs(read_outputs(message.outputs), signature)
+    return message
+
+
+def _request(message: _Request, inputs: tuple[Tensor, ...]) -> InferRequest:
+    outputs: tuple[OutputRequest, ...] = ()
+    parameters: dict[str, Scalar] = {}
+    binary_default = False
+    if message.parameters:
+        parameters = read_parameters("parameters", message.parameters, KNOWN_PARAMETERS)
+        binary_default = parameters.pop("binary_data_output", False) is True
+    if message.outputs:
+        entries = read_outputs(message.outputs)
+        outputs = tuple(
+            [
+                read_output(place, entry, binary_default)
+                for place, entry in zip(_OUTPUTS, entries, strict=False)
+            ]
+        )
+    return InferRequest(inputs, message.id or "", parameters, outputs, binary_default)
+
+
+def _tensors(places: Sequence[str], entries: Sequence[TensorEntry], tail: memoryview) -> tuple[Tensor, ...]:
+    tensors = []
+    for place, entry in zip(places, entries, strict=False):
+        raw, tail = _raw_data(place, entry, tail)
+        read: Callable[..., Any] = read_json if isinstance(raw, bytes) else read_binary
+        shape = tuple(entry.shape)
+        data = read(place, entry.datatype, shape, raw, LIMITS.element_bytes)
+        tensors.append(Tensor(entry.name, entry.datatype, shape, data))
+    _check_end(tail)
+    return tuple(tensors)
+
+
+def _tensors_in_steps(
+    places: Sequence[str], entries: Sequence[TensorEntry], tail: memoryview
 ) -> Steps[tuple[Tensor, ...]]:
     tensors = []
-    for here, entry, count in zip(places, entries, counts, strict=False):
-        size = None
-        if entry.parameters:
-            size = tensor_parameters(here, entry.parameters).get("binary_data_size")
+    for place, entry in zip(places, entries, strict=False):
+        raw, tail = _raw_data(place, entry, tail)
+        reading: Callable[..., Steps[Any]] = reading_json if isinstance(raw, bytes) else reading_binary
         shape = tuple(entry.shape)
-        data: Any
-        if size is not None:
-            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(tail):
-                raise InvalidRequest(f"{here}: binary_data_size does not fit the body.")
-            raw, tail = tail[:size], tail[size:]
-            data = yield from read_binary(here, entry.datatype, shape, raw, LIMITS.element_bytes)
-        elif is_absent(entry.data):
-            raise InvalidRequest(f"{here}: the tensor has neither data nor binary_data_size.")
-        else:
-            raw_json = bytes(entry.data)
-            data = yield from read_json(here, entry.datatype, shape, raw_json, LIMITS.element_bytes)
-        if len(entries) > 1 or count > _LARGE_TENSOR:
-            yield
+        data = yield from reading(place, entry.datatype, shape, raw, LIMITS.element_bytes)
         tensors.append(Tensor(entry.name, entry.datatype, shape, data))
-    if len(tail):
-        raise InvalidRequest("The body holds more bytes than its tensors announce.")
+        yield
+    _check_end(tail)
     return tuple(tensors)
+
+
+def _raw_data(place: str, entry: TensorEntry, tail: memoryview) -> tuple[bytes | memoryview, memoryview]:
+    """The data of a tensor, as bytes of JSON or a view of the binary part, and what is left of the binary part."""
+    size: Scalar | None = None
+    if entry.parameters:
+        size = tensor_parameters(place, entry.parameters).get("binary_data_size")
+    if size is not None:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(tail):
+            raise InvalidRequest(f"{place}: binary_data_size does not fit the body.")
+        return tail[:size], tail[size:]
+    if is_absent(entry.data):
+        raise InvalidRequest(f"{place}: the tensor has neither data nor binary_data_size.")
+    return bytes(entry.data), tail
+
+
+def _check_end(tail: memoryview) -> None:
+    if tail:
+        raise InvalidRequest("The body holds more bytes than its tensors announce.")
+
+
+def _reply_tree(reply: InferReply, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "model_name": reply.model_name,
+        "model_version": reply.model_version,
+        "parameters": reply.parameters,
+        "outputs": outputs,
+    }
+    if reply.id:
+        tree["id"] = reply.id
+    return tree
 
 
 def _json_tree(tensor: Tensor, data: list[Any] | msgspec.Raw) -> dict[str, Any]:

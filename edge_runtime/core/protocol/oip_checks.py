@@ -87,12 +87,6 @@ KNOWN_PARAMETERS = frozenset({"private", "cache", "timeout", "deadline_ms", "pri
 _NEVER_NULL = frozenset({"private"})
 
 
-def request_parameters(raw: msgspec.Raw) -> tuple[dict[str, Scalar], bool]:
-    """The parameters, and whether outputs are binary where a request does not say."""
-    parameters = read_parameters("parameters", raw, refuse_unknown_values_of=KNOWN_PARAMETERS)
-    return parameters, parameters.pop("binary_data_output", False) is True
-
-
 def read_parameters(
     place: str, raw: msgspec.Raw, refuse_unknown_values_of: frozenset[str] = frozenset()
 ) -> dict[str, Scalar]:
@@ -149,11 +143,12 @@ def read_output(place: str, output: OutputEntry, binary_default: bool) -> Output
 
 def check_inputs(entries: Sequence[TensorEntry], specs: Sequence[TensorSpec]) -> None:
     """Compare the inputs with the model's, so that no data is decoded which the model cannot take."""
-    known = {spec.name: spec for spec in specs}
     for at, entry in enumerate(entries):
-        spec = known.get(entry.name)
-        if spec is None:
-            names = ", ".join(repr(name) for name in known)
+        for spec in specs:
+            if spec.name == entry.name:
+                break
+        else:
+            names = ", ".join(repr(spec.name) for spec in specs)
             raise InvalidRequest(
                 f"inputs[{at}]: this model has no input of that name; its inputs are {names}."
             )
@@ -161,12 +156,18 @@ def check_inputs(entries: Sequence[TensorEntry], specs: Sequence[TensorSpec]) ->
             raise InvalidRequest(
                 f"inputs[{at}]: input {spec.name!r} has datatype {spec.datatype}; send that."
             )
-        if len(entry.shape) != len(spec.shape) or any(
-            want not in (-1, have) for want, have in zip(spec.shape, entry.shape, strict=True)
-        ):
+        if not _fits(entry.shape, spec.shape):
             raise InvalidRequest(
                 f"inputs[{at}]: input {spec.name!r} has shape {list(spec.shape)}, -1 standing for any length."
             )
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    if len(wanted) == 1 and wanted[0] == -1:  # texts, the commonest input
+        return len(shape) == 1
+    return len(shape) == len(wanted) and all(
+        want in (-1, have) for have, want in zip(shape, wanted, strict=True)
+    )
 
 
 def check_outputs(outputs: Sequence[OutputEntry], signature: Signature) -> None:
@@ -179,7 +180,8 @@ def check_outputs(outputs: Sequence[OutputEntry], signature: Signature) -> None:
             )
 
 
-def count_elements(place: str, entry: TensorEntry) -> int:
+def check_tensor(place: str, entry: TensorEntry) -> None:
+    """Compare a tensor's shape and datatype with the limits. Raises InvalidRequest and its kin."""
     shape = entry.shape
     if len(shape) > LIMITS.rank:
         raise TooLarge(f"{place}: the shape has more than {LIMITS.rank} axes.")
@@ -199,4 +201,3 @@ def count_elements(place: str, entry: TensorEntry) -> int:
         raise InvalidRequest(
             f"{place}: unknown datatype; use a word of the protocol such as FP32, INT64 or BYTES."
         )
-    return count

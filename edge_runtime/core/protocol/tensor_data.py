@@ -59,22 +59,57 @@ def complete(steps: Steps[T]) -> T:
 
 def read_json(
     place: str, datatype: str, shape: Sequence[int], raw: bytes, element_limit: int
-) -> Steps[Array | tuple[bytes, ...]]:
+) -> Array | tuple[bytes, ...]:
     """Return the data of a JSON array that is flat in row-major order, or nested as the shape says.
 
     Raises InvalidRequest and TooLarge, whose messages begin with `place`.
     """
     if datatype == "BYTES":
-        return (yield from _texts(place, shape, raw, element_limit))
-    if datatype == "FP16":
-        raise InvalidRequest(f"{place}: FP16 travels in binary only; send FP32 or use the binary extension.")
-    return (yield from _numbers(place, datatype, shape, raw))
+        values = _text_values(place, shape, raw)
+        return tuple(_as_bytes(place, values, 0, element_limit))
+    flat = _without_nesting(place, datatype, shape, raw)
+    values = _values(place, datatype, flat)
+    _expect(place, len(values), math.prod(shape))
+    return _array(place, datatype, values, 0).reshape(shape)
+
+
+def reading_json(
+    place: str, datatype: str, shape: Sequence[int], raw: bytes, element_limit: int
+) -> Steps[Array | tuple[bytes, ...]]:
+    """Do what `read_json` does, in steps."""
+    if len(raw) <= _STEP_BYTES:
+        return read_json(place, datatype, shape, raw, element_limit)
+    if datatype == "BYTES":
+        values = _text_values(place, shape, raw)
+        texts: list[bytes] = []
+        for at in range(0, len(values), _STEP):
+            yield
+            texts += _as_bytes(place, values[at : at + _STEP], at, element_limit)
+        return tuple(texts)
+    flat = _without_nesting(place, datatype, shape, raw)
+    count = math.prod(shape)
+    _expect(place, flat.count(b",") + 1 if flat else 0, count)  # before the first is decoded
+    array: Array = np.empty(count, DTYPES[datatype])
+    at = 0
+    for part in _between_commas(flat):
+        yield
+        values = _values(place, datatype, part)
+        array[at : at + len(values)] = _array(place, datatype, values, at)
+        at += len(values)
+    return array.reshape(shape)
 
 
 def read_binary(
     place: str, datatype: str, shape: Sequence[int], raw: memoryview, element_limit: int
-) -> Steps[Array | tuple[bytes, ...]]:
+) -> Array | tuple[bytes, ...]:
     """Return the data of a raw tensor; an array owns its bytes. Raises InvalidRequest and TooLarge."""
+    return complete(reading_binary(place, datatype, shape, raw, element_limit))
+
+
+def reading_binary(
+    place: str, datatype: str, shape: Sequence[int], raw: memoryview, element_limit: int
+) -> Steps[Array | tuple[bytes, ...]]:
+    """Do what `read_binary` does, in steps."""
     count = math.prod(shape)
     if datatype == "BYTES":
         return (yield from _split_texts(place, raw, count, element_limit))
@@ -100,8 +135,10 @@ def is_long(tensor: Tensor) -> bool:
     return not isinstance(tensor.data, tuple) and tensor.data.size > _STEP
 
 
-def write_long_json(tensor: Tensor, not_finite: type[EdgeRuntimeError]) -> Steps[msgspec.Raw]:
-    """Return what `write_json` does, in steps and encoded."""
+def writing_json(tensor: Tensor, not_finite: type[EdgeRuntimeError]) -> Steps[list[Any] | msgspec.Raw]:
+    """Do what `write_json` does, in steps; long data comes back encoded."""
+    if not is_long(tensor):
+        return write_json(tensor, not_finite)
     flat = _flat(tensor, not_finite)
     parts = []
     for at in range(0, len(flat), _STEP):
@@ -128,32 +165,11 @@ def write_binary(tensor: Tensor) -> bytes:
     return np.ascontiguousarray(tensor.data, DTYPES[tensor.datatype]).tobytes()
 
 
-def _numbers(place: str, datatype: str, shape: Sequence[int], raw: bytes) -> Steps[Array]:
-    count = math.prod(shape)
-    flat = _without_nesting(place, shape, raw)
-    dtype = DTYPES[datatype]
-    if len(flat) <= _STEP_BYTES:
-        values = _values(place, datatype, flat)
-        _expect(place, len(values), count)
-        return _array(place, datatype, values, 0).reshape(shape)
-    _expect(place, flat.count(b",") + 1, count)  # before the first is decoded
-    array: Array = np.empty(count, dtype)
-    at = 0
-    for part in _between_commas(flat):
-        yield
-        values = _values(place, datatype, part)
-        array[at : at + len(values)] = _array(place, datatype, values, at)
-        at += len(values)
-    return array.reshape(shape)
-
-
 def _values(place: str, datatype: str, flat: bytes) -> list[Any]:
     try:
         values: list[Any] = _DECODERS[DTYPES[datatype].kind].decode(flat) if flat else []
-    except msgspec.ValidationError:
+    except (msgspec.DecodeError, RecursionError):  # a part of an array that was cut within a text is no JSON
         raise InvalidRequest(f"{place}: a {datatype} tensor holds values of another kind.") from None
-    except (msgspec.DecodeError, RecursionError):
-        raise InvalidRequest(f"{place}: the data is not an array.") from None
     return values
 
 
@@ -190,12 +206,16 @@ def _unfit(place: str, datatype: str, at: int) -> InvalidRequest:
     return InvalidRequest(f"{place}: the value with index {at} does not fit {datatype}.")
 
 
-def _without_nesting(place: str, shape: Sequence[int], raw: bytes) -> bytes:
+def _without_nesting(place: str, datatype: str, shape: Sequence[int], raw: bytes) -> bytes:
     """The array of numbers without inner brackets; empty where it has no elements.
 
     The JSON decoder has accepted the document, so the brackets match and stand where JSON allows them. What is left to
     check is whether they stand where the shape has them: two comparisons of bytes, however many lists there are.
     """
+    if datatype == "FP16":
+        raise InvalidRequest(f"{place}: FP16 travels in binary only; send FP32 or use the binary extension.")
+    if raw[:1] != b"[":
+        raise InvalidRequest(f"{place}: the data is not an array.")
     if raw.count(b"[") == 1:
         return raw
     structure = raw.translate(None, _ALL_BUT_STRUCTURE)
@@ -223,23 +243,24 @@ def _is_nested_as(structure: bytes, axes: Sequence[int]) -> bool:
     return nested == structure
 
 
-def _texts(place: str, shape: Sequence[int], raw: bytes, element_limit: int) -> Steps[tuple[bytes, ...]]:
-    count = math.prod(shape)
+def _text_values(place: str, shape: Sequence[int], raw: bytes) -> list[Any]:
+    """The elements of a BYTES tensor: texts, or lists of byte values where they are not UTF-8."""
     values: list[Any]
     try:
         values = _texts_decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError):
         values = _nested_texts(place, shape, raw)
-    _expect(place, len(values), count)
-    texts: list[bytes] = []
-    for at, value in enumerate(values):
-        if at % _STEP == _STEP - 1:
-            yield
-        text = value.encode() if isinstance(value, str) else bytes(value)
-        if len(text) > element_limit:
-            raise _too_long(place, at, element_limit)
-        texts.append(text)
-    return tuple(texts)
+    _expect(place, len(values), math.prod(shape))
+    return values
+
+
+def _as_bytes(place: str, values: list[Any], first: int, limit: int) -> list[bytes]:
+    """The bytes of some elements, of which the first has index `first`."""
+    texts = [value.encode() if isinstance(value, str) else bytes(value) for value in values]
+    for at, text in enumerate(texts):
+        if len(text) > limit:
+            raise _too_long(place, first + at, limit)
+    return texts
 
 
 def _nested_texts(place: str, shape: Sequence[int], raw: bytes) -> list[Any]:
