@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from edge_runtime.settings import (
 from edge_runtime.typed_toml import Renamed, check_types, load_toml
 
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
 class ServerSettings(Settings, frozen=True):
@@ -39,6 +41,31 @@ class ServerSettings(Settings, frozen=True):
     """Loopback address and port for HTTP, or `"off"`."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that the Host header may carry beside `localhost` and the loopback addresses."""
+    max_connections: Positive = 256
+    """Open connections of the Unix socket, and as many of the address. Beyond them an idle one is closed with an answer,
+    or the new one is answered with 503; a health check is always answered."""
+    max_pipelined: Positive = 64
+    """Requests of one connection that wait for their answers at a time."""
+    max_body_bytes: Positive = 8 << 20
+    """Bytes of one request's body, and of what a compressed body inflates to."""
+    # 64 MiB: eight of the largest bodies, or a thousand connections with a body of 64 KiB each.
+    buffer_bytes: Positive = 64 << 20
+    """Bytes of bodies and answers that all connections hold together; beyond them requests are answered with 503."""
+    header_s: Seconds = 5.0
+    """Time limit for the headers of a request, from its first byte."""
+    body_s: Seconds = 60.0
+    """Time limit for the body of a request; it also ends after 10 seconds without 1 KiB."""
+    idle_s: Seconds = 75.0
+    """How long a connection may be without a request before it is closed."""
+    write_s: Seconds = 30.0
+    """How long a peer may read nothing of an answer before its connection is closed."""
+    tenant_header: str = ""
+    """Header in which a request names its tenant, one of `tenants`. Unset: all requests are of the tenant `local`. Any
+    program that reaches the daemon can send it."""
+    tenants: tuple[str, ...] = ()
+    """Ids of the tenants that `tenant_header` may name."""
+    tenant_by_user: bool = False
+    """Whether each user of the Unix socket is a tenant, named after the user id, for example `user-1000`."""
 
 
 class CacheSettings(Settings, frozen=True):
@@ -116,6 +143,7 @@ def check_config(config: Config, where: str) -> None:
     check_path(config.server.socket, f"{where}: [server] socket")
     check_path(config.cache.path, f"{where}: [cache] path")
     check_path(config.trust.record, f"{where}: [trust] record")
+    _check_tenants(config.server, where)
     check_batch(config.batch, where)
     if config.cloud is not None:
         check_id(config.cloud.tenant, f"{where}: [cloud] tenant", "home")
@@ -127,6 +155,22 @@ def check_listens(config: Config, where: str) -> None:
     """Check that a daemon can be reached at all; inside a program no listener is needed. Raises ConfigError."""
     if config.server.socket == config.server.tcp == "off":
         raise ConfigError(f'{where}: [server] socket, tcp: both are "off". Write socket = "auto".')
+
+
+def _check_tenants(server: ServerSettings, where: str) -> None:
+    """Check that a header for tenants and its tenants come together. Raises ConfigError."""
+    if server.tenant_header and not _HEADER.fullmatch(server.tenant_header):
+        raise ConfigError(
+            f"{where}: [server] tenant_header: expected the name of a header of letters, digits and '-'. "
+            'Write for example tenant_header = "X-Tenant".'
+        )
+    if bool(server.tenant_header) != bool(server.tenants):
+        raise ConfigError(
+            f"{where}: [server] tenants: a tenant_header and its tenants come together. "
+            'Write for example tenant_header = "X-Tenant" and tenants = ["kitchen", "hall"].'
+        )
+    for name in server.tenants:
+        check_id(name, f"{where}: [server] tenants", "kitchen")
 
 
 def tcp_address(config: Config, where: str = "config") -> tuple[str, int] | None:

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 from edge_runtime.config import Config, check_listens, socket_path, tcp_address
 from edge_runtime.runtime import Runtime
-from edge_runtime.server import Server, start_server
+from edge_runtime.server import Server, limits_of, start_server, tenancy_of
 from edge_runtime.signals import stop_signals, unless_stopped
 
 _log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
             socket_path=socket_path(config),
             tcp=tcp_address(config),
             allowed_hosts=config.server.allowed_hosts,
+            limits=limits_of(config.server),
+            tenancy=tenancy_of(config.server),
         )
         stack.push_async_callback(server.close)
         runtime.addresses = tuple(server.addresses)

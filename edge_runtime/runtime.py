@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 class Runtime:
     """The service and what it needs, alive inside `async with Runtime.open(...)`."""
 
-    def __init__(self, service: Service, config: Config, uplink: "Uplink | None") -> None:
+    def __init__(
+        self,
+        service: Service,
+        config: Config,
+        uplink: "Uplink | None",
+    ) -> None:
         """Use `Runtime.open`."""
         self.service = service
         self.config = config
@@ -161,7 +166,10 @@ async def _open_store(
 
 
 def _service(
-    models: Mapping[str, ServedModel], config: Config, uplink: "Uplink | None", store: "AnswerStore | None"
+    models: Mapping[str, ServedModel],
+    config: Config,
+    uplink: "Uplink | None",
+    store: "AnswerStore | None",
 ) -> Service:
     cache: Cache[Outcome] | None = None
     if config.cache.enabled:

@@ -13,6 +13,7 @@ from edge_runtime.core.errors import (
     Unsupported,
 )
 from edge_runtime.core.protocol import oip
+from edge_runtime.server.events import Refusal
 
 _PHRASES = {
     200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
@@ -46,21 +47,33 @@ class HttpAnswer(msgspec.Struct, frozen=True):
     retry_after_s: float | None = None
     allow: str = ""
 
-    def encode(self, *, keep_alive: bool) -> bytes:
-        """Head and body in one piece, so that one write sends it."""
-        head = [f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nContent-Length: {len(self.body)}\r\n"]
+    def encode(self, *, keep_alive: bool, version: str = "1.1", is_bodiless: bool = False) -> bytes:
+        """Head and body in one piece, so that one write sends it.
+
+        The answer to a HEAD is `is_bodiless`: its Content-Length is that of the answer to a GET (RFC 9110, 9.3.2).
+        A client of HTTP/1.0 reads to the end of the connection unless it is told otherwise (RFC 9112, 9.3).
+        """
         if self.json_length is not None:
-            head.append(f"Inference-Header-Content-Length: {self.json_length}\r\n")
-            head.append("Content-Type: application/octet-stream\r\n")
-        elif self.body:
-            head.append(f"Content-Type: {self.content_type}\r\n")
-        if self.retry_after_s is not None:
-            head.append(f"Retry-After: {max(1, round(self.retry_after_s))}\r\n")
-        if self.allow:
-            head.append(f"Allow: {self.allow}\r\n")
+            fields = f"Inference-Header-Content-Length: {self.json_length}\r\nContent-Type: application/octet-stream\r\n"
+        else:
+            fields = f"Content-Type: {self.content_type}\r\n" if self.body else ""
         if not keep_alive:
-            head.append("Connection: close\r\n")
-        return "".join(head).encode("latin-1") + b"\r\n" + self.body
+            fields += "Connection: close\r\n"
+        elif version == "1.0":
+            fields += "Connection: keep-alive\r\n"
+        if self.retry_after_s is not None:
+            fields += f"Retry-After: {max(1, round(self.retry_after_s))}\r\n"
+        if self.allow:
+            fields += f"Allow: {self.allow}\r\n"
+        length = len(self.body)
+        head = f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nContent-Length: {length}\r\n{fields}\r\n"
+        return head.encode("latin-1") if is_bodiless else head.encode("latin-1") + self.body
+
+
+def refusal_answer(refusal: Refusal) -> HttpAnswer:
+    """The answer to a request that is refused before it reaches a route."""
+    body = oip.encode_error(refusal.message, reason=refusal.reason)
+    return HttpAnswer(refusal.status, body, retry_after_s=refusal.retry_after_s)
 
 
 def error_answer(status: int, message: str, *, allow: str = "") -> HttpAnswer:

@@ -1,13 +1,13 @@
 """Paths of the Open Inference Protocol v2 -> calls of the service."""
 
-import zlib
+import time
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
 import msgspec
 
 from edge_runtime import __version__
-from edge_runtime.core.errors import InvalidRequest, TooLarge, UnknownModel
+from edge_runtime.core.errors import InvalidRequest, UnknownModel
 from edge_runtime.core.messages import (
     Duration,
     InferReply,
@@ -19,10 +19,14 @@ from edge_runtime.core.messages import (
 )
 from edge_runtime.core.protocol import oip
 from edge_runtime.core.protocol.ids import is_id
+from edge_runtime.core.protocol.parameters import time_limit_ns
 from edge_runtime.server.answers import HttpAnswer, error_answer
+from edge_runtime.server.bodies import SMALL_BODY_BYTES, Bodies
+from edge_runtime.server.byte_budget import Lease
 
 _encode = msgspec.json.Encoder().encode
 _NOT_OFFERED = ("logging", "trace", "systemsharedmemory", "cudasharedmemory")
+_HEALTH = ("/v2/health/live", "/v2/health/ready")
 
 
 class InferenceService(Protocol):
@@ -31,7 +35,14 @@ class InferenceService(Protocol):
     @property
     def is_ready(self) -> bool: ...
     def infer(
-        self, model: str, version: str | None, request: InferRequest, *, tenant: str
+        self,
+        model: str,
+        version: str | None,
+        request: InferRequest,
+        *,
+        tenant: str,
+        deadline_ns: int | None,
+        flow: str,
     ) -> Awaitable[InferReply]: ...
     def models(self) -> list[ModelInfo]: ...
     def model(self, name: str, version: str | None = None) -> ModelInfo: ...
@@ -48,34 +59,58 @@ class Application(Protocol):
     def status(self) -> dict[str, object]: ...
 
 
+class ServerReports(Protocol):
+    """What the server adds to the reports of the application."""
+
+    @property
+    def is_draining(self) -> bool: ...
+    def metrics(self) -> bytes: ...
+    def status(self) -> dict[str, object]: ...
+
+
 class HttpRequest(msgspec.Struct, frozen=True):
-    """One complete request; header names are lower case, values stripped."""
+    """One complete request; header names are lower case, values stripped.
+
+    `flow` tells the connections of a tenant apart, for fairness; `lease` counts the bytes that the request holds.
+    """
 
     method: str
     path: str
     headers: dict[str, str]
-    body: bytes
+    body: bytes | bytearray
+    tenant: str
+    flow: str
+    lease: Lease
 
 
-async def answer(application: Application, request: HttpRequest, *, body_limit: int) -> HttpAnswer:
+def is_health_check(target: str) -> bool:
+    """Whether a request is answered however many connections there are, and while the daemon drains."""
+    return target.partition("?")[0] in _HEALTH
+
+
+async def answer(
+    application: Application, server: ServerReports, bodies: Bodies, request: HttpRequest
+) -> HttpAnswer:
     """Answer one request. Raises the errors of the core."""
     path = request.path.partition("?")[0]
     if path in ("/metrics", "/status"):
-        return _only("GET", request) or _report(application, path)
+        return _only("GET", request) or _report(application, server, path)
     parts = path.strip("/").split("/")
+    if path == "*":
+        return HttpAnswer(200, allow="GET, HEAD, POST, OPTIONS")
     if parts[0] != "v2":
         return error_answer(404, "No such path; the API begins at /v2.")
     match parts[1:]:
         case []:
             return _only("GET", request) or _json(_SERVER)
         case ["health", "live" | "ready" as which]:
-            return _only("GET", request) or _health(application.service, which)
+            return _only("GET", request) or _health(application.service, server, which)
         case ["models", "stats"]:
             return _only("GET", request) or _statistics(application.service, None)
         case ["repository", "index"]:
             return _only("POST", request) or _index(application.service)
         case ["models", name, *rest]:
-            return await _model(application.service, request, name, rest, body_limit)
+            return await _model(application.service, bodies, request, name, rest)
         case [first, *_] if first in _NOT_OFFERED or first == "repository":
             return error_answer(501, "This extension of the protocol is not offered.")
     return error_answer(404, "No such path; see GET /v2.")
@@ -89,7 +124,7 @@ _SERVER = {
 
 
 async def _model(
-    service: InferenceService, request: HttpRequest, name: str, rest: list[str], body_limit: int
+    service: InferenceService, bodies: Bodies, request: HttpRequest, name: str, rest: list[str]
 ) -> HttpAnswer:
     version = None
     if len(rest) >= 2 and rest[0] == "versions":
@@ -98,7 +133,7 @@ async def _model(
         raise UnknownModel("No model has such a name; see POST /v2/repository/index.")
     match rest:
         case ["infer"]:
-            return _only("POST", request) or await _infer(service, request, name, version, body_limit)
+            return _only("POST", request) or await _infer(service, bodies, request, name, version)
         case []:
             return _only("GET", request) or _json(_metadata(service.model(name, version)))
         case ["ready"]:
@@ -112,52 +147,61 @@ async def _model(
 
 
 async def _infer(
-    service: InferenceService, request: HttpRequest, name: str, version: str | None, body_limit: int
+    service: InferenceService, bodies: Bodies, request: HttpRequest, name: str, version: str | None
 ) -> HttpAnswer:
-    length = request.headers.get("inference-header-content-length")
+    """Refuse what is cheap to refuse first: the model, the lengths, then the tensors as their JSON describes them."""
+    arrived_ns = time.monotonic_ns()
+    signature = service.model(name, version).signature
+    headers = request.headers
+    length = headers.get("inference-header-content-length")
     if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= 10):
         raise InvalidRequest("Inference-Header-Content-Length must be a number of bytes.")
-    body = _plain(request, body_limit)
-    question = oip.decode_request(body, None if length is None else int(length))
-    reply = await service.infer(name, version, question, tenant="local")
-    encoded, json_length = oip.encode_reply(reply)
+    json_length = None if length is None else int(length)
+    coding = headers.get("content-encoding")
+    if coding is None and len(request.body) <= SMALL_BODY_BYTES:
+        decoded = oip.decode_request(request.body, json_length, signature)
+    else:
+        decoded = await bodies.decode(request.body, request.lease, coding or "", json_length, signature)
+    reply = await service.infer(
+        name,
+        version,
+        decoded,
+        tenant=request.tenant,
+        deadline_ns=_deadline_ns(decoded, arrived_ns),
+        flow=request.flow,
+    )
+    encoded, json_length = await bodies.encode(reply) if oip.is_long_reply(reply) else oip.encode_reply(reply)
     return HttpAnswer(200, encoded, json_length=json_length)
 
 
-def _plain(request: HttpRequest, limit: int) -> bytes:
-    coding = request.headers.get("content-encoding", "identity")
-    if coding == "identity":
-        return request.body
-    if coding not in ("gzip", "deflate"):
-        raise InvalidRequest("This Content-Encoding is not offered; send gzip, deflate or plain.")
-    inflate = zlib.decompressobj(31 if coding == "gzip" else 15)
-    try:
-        plain = inflate.decompress(request.body, limit + 1)
-    except zlib.error:
-        raise InvalidRequest("The compressed body is corrupt.") from None
-    if len(plain) > limit:
-        raise TooLarge(f"The body inflates to more than {limit} bytes.")
-    if not inflate.eof or inflate.unused_data:
-        raise InvalidRequest("The compressed body is truncated or has trailing bytes.")
-    return plain
+def _deadline_ns(request: InferRequest, arrived_ns: int) -> int | None:
+    """When the caller stops waiting, counted from the arrival of the request; None where the service decides."""
+    limit_ns = time_limit_ns(request.parameters)
+    return None if limit_ns is None or limit_ns <= 0 else arrived_ns + limit_ns
 
 
 def _only(method: str, request: HttpRequest) -> HttpAnswer | None:
-    return None if request.method == method else error_answer(405, f"Use {method} here.", allow=method)
+    """None where the method is allowed. HEAD is GET without the body (RFC 9110, 9.3.2), which the writer leaves out."""
+    if request.method == method or (method == "GET" and request.method == "HEAD"):
+        return None
+    allowed = "GET, HEAD" if method == "GET" else method
+    return error_answer(405, f"Use {method} here.", allow=allowed)
 
 
 def _json(tree: object) -> HttpAnswer:
     return HttpAnswer(200, _encode(tree))
 
 
-def _report(application: Application, path: str) -> HttpAnswer:
+def _report(application: Application, server: ServerReports, path: str) -> HttpAnswer:
     if path == "/metrics":
-        return HttpAnswer(200, application.metrics(), "text/plain; version=0.0.4; charset=utf-8")
-    return _json(application.status())
+        text = application.metrics() + server.metrics()
+        return HttpAnswer(200, text, "text/plain; version=0.0.4; charset=utf-8")
+    status = application.status()
+    return _json(status | {"http": server.status(), "ready": status.get("ready") and not server.is_draining})
 
 
-def _health(service: InferenceService, which: str) -> HttpAnswer:
-    if which == "ready" and not service.is_ready:
+def _health(service: InferenceService, server: ServerReports, which: str) -> HttpAnswer:
+    if which == "ready" and (server.is_draining or not service.is_ready):
         return HttpAnswer(503, _encode({"ready": False}))
     return _json({which: True})
 

@@ -2,58 +2,70 @@
 
 `http11.py` says what the bytes mean; this file does something about it.
 
-- Each request runs in a task of its own, so that pipelined requests may share a batch. `_pending` holds one entry for
-  each request in the order of arrival, and only the first may be written: answers leave in the order of their requests
+- Each request runs in a task of its own, so that pipelined requests may share a batch. `AnswerQueue` has one entry for
+  each in the order of arrival, and only the first may be written: answers leave in the order of their requests
   (RFC 9112, 9.3.2), however they finish.
 - A connection owns its tasks. When the peer is gone, `connection_lost` cancels them. A task that is cancelled there may
-  have its callback (`_flush`) scheduled already; it finds `_pending` empty and writes nothing.
-- After a refusal the connection lingers: it says the end of its own side, and swallows what still comes. Closing with
-  unread bytes would reset the connection, and the reset may overtake the answer (RFC 9112, 9.6).
+  have its callback (`_flush`) scheduled already; it finds no transport and writes nothing.
+- The peer may end its side and still read (half-close), so the end of its input cancels nothing. A peer that left for
+  good looks the same over TCP until something is written to it: `_is_gone` finds out.
+- Everything a request holds is in its `Lease`, and every lease is released in one of three places: when its answer has
+  left, when the request is refused, and in `connection_lost`.
+- After its last answer a connection lingers: it ends its own side, and swallows what still comes. Closing with unread
+  bytes would reset the connection, and the reset may overtake the answer (RFC 9112, 9.6).
+- Draining (`drain.py`): a request whose first byte came before the drain is answered, a later one refused with 503.
 - Nothing here sets a timer for each connection: the listener calls `check_time` on all of them once a second.
 """
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
+
+from msgspec.structs import replace
 
 from edge_runtime.core.errors import EdgeRuntimeError
-from edge_runtime.server.answers import HttpAnswer, answer_for, error_answer
-from edge_runtime.server.flow_control import WriteFlow
-from edge_runtime.server.http11 import (
-    BodyPart,
-    CheckHead,
-    Event,
-    Http11,
-    RequestEnd,
-    RequestHead,
-    State,
-)
+from edge_runtime.server.answer_queue import AnswerQueue
+from edge_runtime.server.answers import HttpAnswer, answer_for, error_answer, refusal_answer
+from edge_runtime.server.byte_budget import ByteBudget, Lease
+from edge_runtime.server.connection_table import TOO_MANY, ConnectionTable
+from edge_runtime.server.counters import HttpCounters
+from edge_runtime.server.drain import Drain
+from edge_runtime.server.events import BodyPart, CheckHead, Event, Refusal, RequestEnd, RequestHead
+from edge_runtime.server.flow_control import HIGH_MARK_BYTES
+from edge_runtime.server.http11 import Http11, State
+from edge_runtime.server.incoming import Incoming
 from edge_runtime.server.limits import HttpLimits
-from edge_runtime.server.routes import HttpRequest
+from edge_runtime.server.peer_socket import has_hung_up, unread_bytes, user_of
+from edge_runtime.server.routes import HttpRequest, is_health_check
+from edge_runtime.server.tenancy import LOCAL, Tenancy
 
 _log = logging.getLogger(__name__)
+
+DRAINING = Refusal(503, "The runtime is shutting down.", "draining", retry_after_s=1.0)
+_BUFFER_FULL = Refusal(
+    503, "The daemon holds as many bytes as it may ([server] buffer_bytes); retry later.", "buffer", 1.0
+)
+_NOT_IN_TIME = Refusal(408, "The request did not arrive in time.", "slow")
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class ListenerConfig:
     """What all connections of one listener share."""
 
+    name: str
     handle: Callable[[HttpRequest], Awaitable[HttpAnswer]]
     limits: HttpLimits
     check_head: CheckHead
-    connections: "set[Connection]"
-    max_connections: int
+    tenancy: Tenancy
+    budget: ByteBudget
+    table: ConnectionTable
+    counters: HttpCounters
     now: Callable[[], float]
-
-
-class _Pending(NamedTuple):
-    """A request that is not answered yet: its task, or for a refusal a future that has its answer."""
-
-    answer: "asyncio.Future[HttpAnswer]"
-    keep_alive: bool
+    next_number: Callable[[], int]
+    settled: Callable[[], None]  # called whenever a connection may have nothing left to do
 
 
 class Connection(asyncio.Protocol):
@@ -63,168 +75,307 @@ class Connection(asyncio.Protocol):
         self._config = config
         self._machine = Http11(config.limits, config.check_head)
         self._transport: asyncio.Transport | None = None
-        self._flow = WriteFlow()
-        self._head: RequestHead | None = None
-        self._body: list[bytes] = []
-        self._pending: deque[_Pending] = deque()
-        self._is_closing = False  # take no further request; close after the answers under way
-        self._is_lingering = False
+        self._incoming: Incoming | None = None
+        self._answers = AnswerQueue()
+        self._drain = Drain()
+        self._is_spare = False  # one too many, as long as no place is free
         self._is_refused = False
-        self.since = config.now()  # when the present phase (idle, head, body) began
+        self._is_finished = False  # the last answer was written; lingers, or closes
+        self._is_probed = False
+        self._ended_at: float | None = None  # when the peer ended its side
+        self._flow_id = ""
+        self._user: int | None = None
+        self.since = config.now()  # when the present phase (idle, head, body, lingering) began
 
-    # What the listener asks
+    # What the listener and the table ask
 
     @property
-    def is_busy(self) -> bool:
-        """Whether a request is being answered."""
-        return bool(self._pending)
+    def is_settled(self) -> bool:
+        """Whether nothing of a request or an answer is left to do. What was written has left for the kernel."""
+        is_reading_one = self._machine.state in (State.HEAD, State.BODY) or self._drain.owed_bytes > 0
+        is_writing = self._transport is not None and self._transport.get_write_buffer_size() > 0
+        return not is_reading_one and not is_writing and not self._answers.is_busy
 
-    def close_when_idle(self) -> None:
-        """Take no further request; close after the answers under way."""
-        self._is_closing = True
-        if not self._pending:
-            self.abort()
+    def is_idle(self) -> bool:
+        """Whether the connection waits for a request of which no byte has arrived, not even in the kernel."""
+        return self._machine.state is State.IDLE and self.is_settled and unread_bytes(self._socket()) == 0
+
+    def refuse(self, refusal: Refusal, head: RequestHead | None = None) -> None:
+        """Answer with `refusal` after what is under way, then close. `head` is that of the request it answers."""
+        if self._is_refused or self._is_finished:
+            return
+        self._is_refused = True
+        for event in self._machine.refuse(refusal):
+            refusal = cast(Refusal, event)
+        if head is not None:
+            refusal = replace(refusal, is_bodiless=head.method == "HEAD")
+        self._config.counters.count(refusal.reason)
+        self._drain.forgive()
+        self._drop_incoming()
+        lease = Lease(self._config.budget)  # of nothing: a refusal is small, and memory must not hinder it
+        self._answers.add_last(refusal_answer(refusal), lease, is_bodiless=refusal.is_bodiless)
+        self._flush()
+
+    def begin_drain(self) -> None:
+        """Answer what came before this moment, and refuse what comes after it."""
+        machine = self._machine
+        unread = unread_bytes(self._socket()) if machine.is_reading else 0
+        self._drain.begin(unread, is_reading_one=machine.state is not State.IDLE)
+        self._refuse_if_idle()
+
+    def give_up(self) -> None:
+        """Answer everything that is not ready with 503."""
+        for _ in range(self._answers.give_up(refusal_answer(DRAINING))):
+            self._config.counters.count(DRAINING.reason)
+        self._drain.forgive()
+        if self._machine.state in (State.HEAD, State.BODY):
+            self.refuse(DRAINING)
+        self._flush()
 
     def abort(self) -> None:
-        """Close now."""
+        """Close now; what was written still leaves."""
         if self._transport is not None:
             self._transport.close()
 
     def check_time(self, now: float) -> None:
-        """Close a peer that is too slow for the phase it is in."""
-        if self._is_lingering:
-            self.abort()
-        elif self._flow.is_paused:
-            if self._flow.is_stalled(now, self._config.limits.write_s) and self._transport is not None:
-                self._transport.abort()  # unlike close, this does not wait for the peer to read
-        elif not self._pending and now - self.since > self._phase_limit_s():
-            if self._machine.state is State.IDLE:
-                self.abort()
-            else:
-                self._handle(self._machine.refuse(408, "The request did not arrive in time."))
-
-    def _phase_limit_s(self) -> float:
-        limits = self._config.limits
-        match self._machine.state:
-            case State.HEAD:
-                return limits.header_s
-            case State.BODY:
-                return limits.body_s
-        return limits.idle_s
+        """Close a peer that is too slow for the phase it is in, or that is gone."""
+        transport, limits, flow = self._transport, self._config.limits, self._answers.flow
+        if transport is None:
+            return
+        if flow.is_stalled(now, transport.get_write_buffer_size(), limits.write_s) or self._is_gone(now):
+            transport.abort()  # unlike close, this does not wait for the peer to read
+        elif flow.is_paused:
+            return
+        elif self._is_finished:
+            if now - self.since > limits.linger_s:
+                transport.close()
+        elif self._machine.state is State.IDLE:
+            if now - self.since > limits.idle_s and self.is_idle():
+                self._machine.stop()
+                self._finish()
+        elif self._machine.is_reading and self._is_late(now):
+            self.refuse(_NOT_IN_TIME)
 
     # What asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass
-        self._transport = stream
-        connections = self._config.connections
-        if len(connections) >= self._config.max_connections:
-            idle = [peer for peer in connections if not peer.is_busy]
-            if not idle:
-                stream.write(error_answer(503, "Too many connections; retry later.").encode(keep_alive=False))
-                stream.close()
-                return
-            oldest = min(idle, key=lambda peer: peer.since)
-            connections.discard(oldest)
-            oldest.abort()
-        connections.add(self)
+        self._transport = stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass
+        stream.set_write_buffer_limits(high=HIGH_MARK_BYTES, low=0)
+        config = self._config
+        self._flow_id = f"{config.name}-{config.next_number()}"
+        self._user = user_of(self._socket())
+        self._is_spare = not config.table.admit(self, config.now())
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self._config.connections.discard(self)
-        self._is_closing = True
-        for pending in self._pending:
-            pending.answer.cancel()
-        self._pending.clear()
+        self._transport = None
+        self._is_finished = True
+        self._drain.forgive()
+        self._machine.stop()
+        self._drop_incoming()
+        self._answers.cancel()
+        self._config.table.lost(self)
+        self._config.settled()
+
+    def eof_received(self) -> bool:
+        """The peer has ended its side (RFC 9112, 9.6); True keeps ours open for the answers it waits for."""
+        self._ended_at = self._config.now()
+        if self._is_finished or has_hung_up(self._socket()):
+            return False
+        self._handle(self._machine.end_of_input())
+        self._settle()
+        return True
 
     def pause_writing(self) -> None:
-        self._flow.pause(self._config.now())
+        if self._transport is not None:
+            self._answers.flow.pause(self._config.now(), self._transport.get_write_buffer_size())
+            if self._ended_at is None and not self._is_finished:
+                self._transport.pause_reading()  # a peer that does not read its answers may ask nothing more
 
     def resume_writing(self) -> None:
-        self._flow.resume()
+        self._answers.flow.resume()
+        self._answers.sent()
+        if self._transport is not None and self._ended_at is None and not self._is_finished:
+            self._transport.resume_reading()
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        if self._is_closing:
+        machine = self._machine
+        if not machine.is_reading:
             return
-        if self._machine.state is State.IDLE:
+        is_between = machine.state is State.IDLE
+        if is_between:
             self.since = self._config.now()
+        if self._drain.has_begun:
+            self._drain.read(len(data), is_between=is_between)
         try:
-            events = self._machine.receive(data)
+            events = machine.receive(data)
         except Exception:  # noqa: BLE001 - a defect of ours must end in an answer; it is logged
             _log.exception("event=http_read_failed")
-            events = self._machine.refuse(500, "Internal error.")
+            events = machine.refuse(Refusal(500, "Internal error.", "defect"))
         self._handle(events)
+        if self._drain.has_begun:
+            self._refuse_if_idle()
 
-    # The rest is ours
+    # The rest is ours: reading
 
     def _handle(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, RequestHead):
-                self._begin_body(event)
+                self._begin_request(event)
             elif isinstance(event, BodyPart):
-                self._body.append(event.data)
+                if self._incoming is not None and not self._incoming.add(event.data):
+                    self.refuse(_BUFFER_FULL, self._incoming.head)
             elif isinstance(event, RequestEnd):
                 self._start_answer()
             else:
-                self._refuse(error_answer(event.status, event.message))
+                self.refuse(event)
+            if self._is_refused:  # what follows in the same bytes is not taken
+                return
 
-    def _begin_body(self, head: RequestHead) -> None:
-        self._head = head
-        self._body = []
-        self.since = self._config.now()
-        # A 100 must not come between the answers to earlier requests.
-        if head.expects_continue and self._transport is not None and not self._pending:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    def _begin_request(self, head: RequestHead) -> None:
+        tenant = self._check(head)
+        if isinstance(tenant, Refusal):
+            self.refuse(tenant, head)
+            return
+        self.since = now = self._config.now()
+        self._incoming = Incoming(head, tenant, Lease(self._config.budget), now, head.expects_continue)
+        if head.expects_continue and not self._answers:
+            self._continue()
+
+    def _check(self, head: RequestHead) -> str | Refusal:
+        """The tenant of a request, or why it is refused before its body is read."""
+        config = self._config
+        if (self._is_spare or not self._drain.owes_present) and not is_health_check(head.target):
+            if not self._drain.owes_present:
+                return DRAINING
+            self._is_spare = not config.table.serve(self)
+            if self._is_spare:
+                return TOO_MANY
+        if head.length and not config.budget.has_room(0, head.length):
+            if head.length > config.budget.limit_bytes:
+                return Refusal(413, "The body is longer than [server] buffer_bytes.", "too_large")
+            return _BUFFER_FULL
+        tenancy = config.tenancy
+        return LOCAL if tenancy.is_off else tenancy.tenant_of(head.headers, self._user)
+
+    def _continue(self) -> None:
+        """Ask for the body (RFC 9110, 10.1.1), unless it comes unasked. Never between two answers."""
+        if self._incoming is not None and self._incoming.is_continue_due and self._transport is not None:
+            self._incoming.is_continue_due = False
+            self._transport.write(_CONTINUE)
 
     def _start_answer(self) -> None:
-        head, self._head = self._head, None
-        body, self._body = b"".join(self._body), []
-        self.since = self._config.now()
-        if head is None or self._is_closing:
+        incoming, self._incoming = self._incoming, None
+        if incoming is None:
             return
-        if not head.keep_alive:
-            self._is_closing = True
-        request = HttpRequest(head.method, head.target, head.headers, body)
+        self.since = self._config.now()
+        head, lease = incoming.head, incoming.lease
+        request = HttpRequest(
+            head.method, head.target, head.headers, incoming.body, incoming.tenant, self._flow_id, lease
+        )
         task = asyncio.get_running_loop().create_task(self._answer(request), name="http-request")
-        self._pending.append(_Pending(task, head.keep_alive))
+        self._answers.add(task, head, lease)
         task.add_done_callback(self._flush)
 
     async def _answer(self, request: HttpRequest) -> HttpAnswer:
         try:
-            return await self._config.handle(request)
+            answer = await self._config.handle(request)
         except EdgeRuntimeError as error:
-            return answer_for(error)
+            answer = answer_for(error)
         except Exception:  # noqa: BLE001 - a defect of ours must not end the connection; it is logged
             _log.exception("event=request_failed")
-            return error_answer(500, "Internal error; the daemon's log tells more.")
+            answer = error_answer(500, "Internal error; the daemon's log tells more.")
+        if not request.lease.resize(len(answer.body)) and self._transport is not None:
+            self._config.counters.count(_BUFFER_FULL.reason)
+            request.lease.resize(0)
+            answer = refusal_answer(_BUFFER_FULL)
+        return answer
 
-    def _refuse(self, answer: HttpAnswer) -> None:
-        """Answer after what is under way, then close."""
-        self._is_closing = True
-        self._is_refused = True
-        self._head, self._body = None, []
-        refused = asyncio.get_running_loop().create_future()
-        refused.set_result(answer)
-        self._pending.append(_Pending(refused, keep_alive=False))
-        self._flush()
+    def _is_late(self, now: float) -> bool:
+        """Whether the request that is being read takes too long."""
+        limits = self._config.limits
+        if self._incoming is None:
+            return now - self.since > limits.header_s
+        return now - self.since > limits.body_s or self._incoming.is_stalled(now, limits.body_stall_s)
+
+    def _is_gone(self, now: float) -> bool:
+        """Whether a peer that ended its side does not read either, so that its requests are not worth the work.
+
+        TCP tells only when something is written: after a second an interim answer is, which every client skips
+        (RFC 9110, 15.2). Where it meets a closed socket, the next look finds the connection reset.
+        """
+        if self._ended_at is None or self._transport is None:
+            return False
+        if has_hung_up(self._socket()):
+            return True
+        is_due = not self._is_probed and now - self._ended_at > 1.0 and not self._answers.flow.is_paused
+        if is_due and self._answers.first_version == "1.1":
+            self._is_probed = True
+            self._transport.write(_CONTINUE)
+        return False
+
+    # The rest is ours: writing, and what comes after it
 
     def _flush(self, _: object = None) -> None:
         """Write the answers that are due, in order."""
-        transport = self._transport
+        transport, answers = self._transport, self._answers
         if transport is None:
             return
-        pending = self._pending
-        while pending and pending[0].answer.done() and not self._flow.is_paused:
-            answer, keep_alive = pending.popleft()
-            self._machine.answered()
-            if not answer.cancelled():
-                is_last = self._is_closing and not pending
-                transport.write(answer.result().encode(keep_alive=keep_alive and not is_last))
-        if pending:
+        machine = self._machine
+        while (due := answers.next_due()) is not None:
+            machine.answered()
+            is_last = not answers and self._takes_no_more()
+            if is_last:
+                machine.stop()
+            answers.write(transport, due, is_last=is_last)
+        self._settle()
+
+    def _takes_no_more(self) -> bool:
+        """Whether no request may follow those that are complete."""
+        machine = self._machine
+        if not self._drain.has_begun:
+            return not machine.is_reading
+        return not machine.is_reading or (machine.state is State.IDLE and not self._drain.owes_more)
+
+    def _settle(self) -> None:
+        """Go on to what is next once no answer is under way."""
+        if self._answers.is_busy:
             return
+        if not self._machine.is_reading:
+            self._finish()
+        elif self._machine.state is State.IDLE:
+            self.since = self._config.now()
+        else:
+            self._continue()
+        if self._drain.has_begun:
+            self._refuse_if_idle()
+            self._config.settled()
+
+    def _refuse_if_idle(self) -> None:
+        """Say that the daemon drains, where no request is left to be answered."""
+        if self._machine.is_reading and self.is_settled:
+            self.refuse(DRAINING)
+
+    def _finish(self) -> None:
+        """End our side; linger for the peer's end, or close where it has come."""
+        transport = self._transport
+        if transport is None or self._is_finished:
+            return
+        self._is_finished = True
         self.since = self._config.now()
-        if self._is_refused and transport.can_write_eof():
-            self._is_lingering = True
-            transport.write_eof()
-        elif self._is_closing and not self._flow.is_paused:
-            transport.close()
+        self._config.table.ending(self)
+        try:
+            if self._ended_at is None and transport.can_write_eof():
+                transport.write_eof()
+                return
+        except OSError:  # the peer has reset the connection, and asyncio does not know it yet
+            pass
+        transport.close()
+
+    def _drop_incoming(self) -> None:
+        if self._incoming is not None:
+            self._incoming.lease.release()
+            self._incoming = None
+
+    def _socket(self) -> object:
+        return None if self._transport is None else self._transport.get_extra_info("socket")

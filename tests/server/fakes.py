@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class FakeService:
         self.cancelled = 0
         self.begun = asyncio.Semaphore(0)  # released once for each request that reaches the service
         self.calls = []
+        self.padding = b""  # a text that each answer brings, to make it long
 
     async def infer(self, model, version, request, **travel):
         self.calls.append((model, request, travel))
@@ -46,7 +48,10 @@ class FakeService:
             self.running -= 1
         (tensor,) = request.inputs
         sizes = np.array([len(text) for text in tensor.data], np.int64)
-        return InferReply(model, "1", (Tensor("size", "INT64", sizes.shape, sizes),), id=request.id)
+        outputs = [Tensor("size", "INT64", sizes.shape, sizes)]
+        if self.padding:
+            outputs.append(Tensor("padding", "BYTES", (1,), (self.padding,)))
+        return InferReply(model, "1", tuple(outputs), id=request.id)
 
     def models(self):
         return [INFO]
@@ -86,8 +91,49 @@ async def fake_server(tmp_path, limits=None, **more):
         await server.close()
 
 
-async def read_answer(reader):
+async def read_answer(reader, *, is_bodiless=False):
     """One answer from a stream: (status, headers, body)."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in head[1:] if ": " in line)
-    return int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"]))
+    length = 0 if is_bodiless else int(headers["content-length"])
+    return int(head[0].split()[1]), headers, await reader.readexactly(length)
+
+
+LIMIT_S = 30
+
+
+def run(scenario):
+    """Run a coroutine function on a loop of its own, with a limit."""
+
+    async def limited():
+        async with asyncio.timeout(LIMIT_S):
+            await scenario()
+
+    asyncio.run(limited())
+
+
+async def until(condition):
+    """Let the loop run until `condition` holds; the test's own time limit bounds this."""
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def connect(port):
+    return await asyncio.open_connection("127.0.0.1", port)
+
+
+async def ask(port, raw, *, is_bodiless=False):
+    """Send one request on a new connection; its answer."""
+    reader, writer = await connect(port)
+    writer.write(raw)
+    answer = await read_answer(reader, is_bodiless=is_bodiless)
+    writer.close()
+    return answer
+
+
+def infer(text="hi", request_id="", headers="", path="/v2/models/echo/infer", more=None):
+    """The bytes of an inference request for the fake service."""
+    tree = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}], **(more or {})}
+    body = json.dumps({**tree, "id": request_id}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    return head.encode("latin-1") + body

@@ -8,20 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.server.browser_guard import browser_guard
-from edge_runtime.server.http11 import (
-    TRANSITIONS,
-    BodyPart,
-    Http11,
-    Refusal,
-    RequestEnd,
-    RequestHead,
-    State,
-    Step,
-    body_framing,
-)
+from edge_runtime.server.events import BodyPart, Refusal, RequestEnd, RequestHead
+from edge_runtime.server.http11 import TRANSITIONS, Http11, State, Step, body_framing
 from edge_runtime.server.limits import HttpLimits
 
-LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
+LOCAL = frozenset({"mine"})
 
 
 def machine(hosts=LOCAL, **limits):
@@ -77,7 +68,13 @@ MALFORMED = [
     (get("/v2", "X: " + "a" * 9000 + "\r\n"), 431),
     (get("/v2", "".join(f"X{i}: 1\r\n" for i in range(70))), 431),
     (get("/" + "a" * 5000), 414),
-    (get("http://evil.example/v2"), 400),
+    (get("http://evil.example/v2"), 403),
+    (get("http://user@localhost/v2"), 403),
+    (get("http:///v2"), 403),
+    (get("https://localhost/v2"), 400),
+    (get("*"), 400),
+    (post(headers="Inference-Header-Content-Length: 2\r\nInference-Header-Content-Length: 1\r\n"), 400),
+    (post(headers="Content-Encoding: gzip\r\nContent-Encoding: gzip\r\n"), 400),
     (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", 413),
     (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9223372036854775808\r\n\r\n", 413),
     (b"POST /v2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 400),
@@ -88,7 +85,8 @@ MALFORMED = [
     (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
     (b"NONSENSE\r\n\r\n", 400),
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
-    (b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n", 400),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    (b"\r\n" * 4000, 400),
     (b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
 ]
 #: More of the kind, from the tables of request smuggling: two parties must not find different ends of a message.
@@ -124,7 +122,8 @@ def test_a_malformed_request_is_refused_once_and_ends_the_connection(raw, status
         assert refusal_of(read(raw, pieces, http)) == status
         assert http.state is State.ERROR
         assert http.receive(get("/v2")) == []  # what follows may be a part of the request that was refused
-        assert http.refuse(408, "again") == []
+        assert http.refuse(Refusal(408, "again")) == []
+        assert http.end_of_input() == []
 
 
 @pytest.mark.parametrize("raw", SMUGGLING)
@@ -240,16 +239,103 @@ def test_pipelined_requests_are_counted_until_they_are_answered():
 
 
 def test_expectations_are_seen_before_the_body():
-    head, *rest = read(post(body=b"", headers="Expect: 100-Continue\r\n"))
+    head, *rest = read(post(body=b"{}", headers="Expect: 100-Continue\r\n")[:-2])
     assert head.expects_continue
-    assert rest == [RequestEnd()]
+    assert rest == []
+    # Nobody waits for a body that is not to come, and a client of HTTP/1.0 does not know the word.
+    assert not read(post(body=b"", headers="Expect: 100-continue\r\n"))[0].expects_continue
+    old = post(headers="Expect: 100-continue\r\n").replace(b"HTTP/1.1", b"HTTP/1.0")
+    assert not read(old)[0].expects_continue
+
+
+UPGRADE = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        post(body=b"body", headers=UPGRADE),
+        CHUNKED[:-2] + UPGRADE.encode() + b"\r\n4\r\nbody\r\n0\r\n\r\n",
+        get("/v2", UPGRADE),
+        get("/v2", "Connection: Upgrade\r\nUpgrade: websocket\r\n"),
+    ],
+)
+def test_an_offer_to_upgrade_is_ignored_and_what_follows_is_read_as_http(raw):
+    """Java's HttpClient offers h2c by default, in requests with a body too (RFC 9110, 7.8)."""
+    body = b"body" if raw.startswith(b"POST") else b""
+    for pieces in (1, 2, 5, len(raw)):
+        http = machine()
+        events = read(raw * 2 + post(body=b"next"), pieces, http)
+        assert refusal_of(events) is None
+        assert bodies(events) == [body, body, b"next"]
+        assert http.state is State.IDLE
+
+
+def test_the_last_request_is_the_last_though_it_offers_an_upgrade():
+    http = machine()
+    raw = post(body=b"body", headers="Connection: Upgrade, close\r\nUpgrade: h2c\r\n")
+    assert bodies(read(raw + get("/other"), 1, http)) == [b"body"]
+    assert http.state is State.DONE
+
+
+def test_a_target_in_absolute_form_is_its_path_and_its_authority_counts():
+    for target, path in (
+        ("http://localhost:8080/v2/health/live?x=1", "/v2/health/live?x=1"),
+        ("HTTP://127.0.0.1", "/"),
+        ("http://[::1]:80/", "/"),
+    ):
+        head = read(get(target).replace(b"Host: localhost", b"Host: ignored.example"))[0]
+        assert head.target == path
+    assert read(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n")[0].target == "*"
+
+
+def test_headers_that_nobody_reads_may_hold_any_bytes_and_come_often():
+    head = read(get("/", "X-Name: J\xfcrgen\r\nX-Many: a\r\nX-Many: b\r\nCookie: \xff\r\n"))[0]
+    assert head.headers["x-name"] == "J\xfcrgen"
+    assert head.headers["x-many"] == "a, b"
+
+
+def test_the_end_of_input_between_requests_is_no_fault_and_within_one_is():
+    http = machine()
+    read(get("/"), http=http)
+    assert http.end_of_input() == []
+    assert http.state is State.DONE
+    for raw in (b"GET / HT", post()[:-1], CHUNKED + b"5\r\nab"):
+        http = machine()
+        read(raw, http=http)
+        assert refusal_of(http.end_of_input()) == 400
+        assert http.state is State.ERROR
+
+
+def test_a_machine_that_is_to_stop_finishes_the_request_it_reads():
+    http = machine()
+    raw = post(body=b"body")
+    read(raw[:-1], http=http)
+    http.stop()
+    assert bodies([RequestHead("", "", "", {}, 4, True, False), *read(raw[-1:] + get("/"), http=http)]) == [
+        b"y"
+    ]
+    assert http.state is State.DONE
+
+
+def test_the_refusal_of_a_head_request_has_no_body():
+    for raw in (
+        b"HEAD /v2 HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+        b"HEAD /v2 HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
+        b"HEAD /v2 HTTP/1.1\r\n\r\n",
+    ):
+        for pieces in (1, len(raw)):
+            assert read(raw, pieces)[-1].is_bodiless
+    assert not read(get("/", "Origin: null\r\n"))[-1].is_bodiless
 
 
 def test_a_unix_socket_takes_any_host_and_still_no_web_page():
     assert refusal_of(read(get("/").replace(b"localhost", b"anything"), http=machine(hosts=None))) is None
     assert refusal_of(read(get("/", "Origin: null\r\n"), http=machine(hosts=None))) == 403
-    for host in (b"LOCALHOST:8080", b"127.0.0.1", b"[::1]:1"):
+    for host in (b"LOCALHOST:8080", b"127.0.0.1", b"[::1]:1", b"127.0.0.2:80", b"localhost.", b"mine:8080"):
         assert refusal_of(read(get("/").replace(b"localhost", host))) is None
+    for host in (b"10.0.0.1", b"localhost.evil.example", b"127.0.0.1.evil.example", b"", b"\xff", b"[::2]"):
+        assert refusal_of(read(get("/").replace(b"localhost", host))) == 403
     assert refusal_of(read(get("/", "Sec-Fetch-Site: same-origin\r\n"))) is None
 
 

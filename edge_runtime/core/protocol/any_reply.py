@@ -11,6 +11,7 @@ import msgspec
 
 from edge_runtime.core.messages import InferReply, Scalar
 from edge_runtime.core.protocol import oip
+from edge_runtime.core.protocol.oip_checks import LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def decode_any_reply(body: bytes, json_length: int | None) -> InferReply | Error
 
 
 def _is_error(body: bytes) -> bool:
-    if len(body) > oip.LIMITS.json_bytes:
+    if len(body) > LIMITS.json_bytes:
         return False  # `decode_reply` refuses it
     try:
         return _decoder.decode(body).error is not None

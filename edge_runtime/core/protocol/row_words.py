@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from edge_runtime.core.messages import Scalar
-from edge_runtime.core.protocol.oip import LIMITS
+from edge_runtime.core.protocol.oip_checks import LIMITS
 
 #: Stands for the words of many rows that differ; their counts are in the parameter `{name}_counts`.
 MIXED = "mixed"

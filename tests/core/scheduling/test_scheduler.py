@@ -110,7 +110,9 @@ def test_members_that_stay_take_turns_where_there_are_more_than_a_batch():
 
 
 def test_under_overload_a_member_that_waits_takes_the_place_of_a_late_one_and_stays_a_member():
-    scheduler = Scheduler(QueueLimits(max_batch=2), engines=(1, 1), latency_profile=((1, MS), (2, 8 * MS // 5)))
+    scheduler = Scheduler(
+        QueueLimits(max_batch=2), engines=(1, 1), latency_profile=((1, MS), (2, 8 * MS // 5))
+    )
     for request_id, deadline in ((1, 4), (2, None), (3, None), (4, None)):
         assert scheduler.submit(0, request_id, "L", deadline_ns=deadline and deadline * MS) is None
     first, second = scheduler.poll(0)
