@@ -1,7 +1,7 @@
 """One rule for the names of tenants, devices, models and files."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_runtime.core.errors import InvalidRequest
@@ -25,6 +25,9 @@ def test_anything_else_is_refused_without_repeating_it(name):
 
 
 @given(st.text())
+@example("kitchen..pi")
+@example("-._")
+@example("x" * 63 + "..y")
 def test_an_id_can_be_made_of_any_text(text):
     assert is_id(id_from(text, "device"))
 
