@@ -1,8 +1,9 @@
-"""Measure the time of the scheduler per request and per refusal, and of a hop to an engine thread:
+"""Measure the time of the scheduler and of the model runner per row, of a refusal, and of a hop to an engine thread:
 
     python -m tools.bench_core [--json]
 
-Figures are medians of many rounds, in processor time because machines are shared; that of the hop is wall time.
+Figures are medians of many rounds, in processor time because machines are shared; that of the hop is wall time. The
+runner is measured with an engine and a processor that only copy numbers.
 """
 
 import argparse
@@ -11,12 +12,18 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from edge_runtime.core.messages import Array, Shapes, Signature, Tensor, TensorSpec
 from edge_runtime.core.scheduling.scheduler import Dispatch, QueueLimits, Refuse, Scheduler
 from edge_runtime.core.scheduling.windows import Policy
+from edge_runtime.engines import Batch
+from edge_runtime.processing.tensors import Tensors
 from edge_runtime.serving.engine_thread import EngineThread
+from edge_runtime.serving.model_runner import ModelRunner
 
 #: A model of 100 microseconds; the latency profile keeps admission and splitting at work.
 LADDER = tuple((rows, 90_000 + 10_000 * rows) for rows in (1, 2, 4, 8, 16, 32))
@@ -69,6 +76,55 @@ def refusal_p99() -> float:
     return statistics.quantiles(spent, n=100)[98]
 
 
+class CopiedBatch(NamedTuple):
+    """The only buffers of `Copies`."""
+
+    inputs: Sequence[Array]
+
+
+class Copies:
+    """An engine that returns its input, in buffers made once."""
+
+    name, is_batch_invariant, batch_unsafe, max_batch = "copies", True, frozenset[str](), 32
+
+    def __init__(self) -> None:
+        self._buffer = np.zeros((32, 16), np.float32)
+
+    def bind(self, shapes: Shapes, rows: int) -> Batch:  # noqa: ARG002 - one shape is run
+        return CopiedBatch([self._buffer[:rows]])
+
+    def run(self, batch: Batch) -> Sequence[Array]:
+        return batch.inputs
+
+    def deny_batches(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+async def through_runner(rows: int, callers: int, *, is_inline: bool) -> float:
+    """Microseconds of processor time per row: `callers` at once, each with one request of `rows` rows."""
+    spec = TensorSpec("x", "FP32", (-1, 16))
+    processor = Tensors(Signature((spec,), (spec,)), version="1")
+    runner = ModelRunner(
+        "bench", processor, Copies(), QueueLimits(32, 4096), latency_profile=LADDER, is_inline=is_inline
+    )
+    data = np.zeros((rows, 16), np.float32)
+    questions = processor.split([Tensor("x", "FP32", data.shape, data)])
+    spent = []
+    for _ in range(ROUNDS):
+        began = time.process_time_ns()
+        for _ in range(10):
+            deadline_ns = time.monotonic_ns() + 10**9
+            await asyncio.gather(
+                *[runner.run_rows(questions, deadline_ns=deadline_ns) for _ in range(callers)]
+            )
+        spent.append((time.process_time_ns() - began) / 10 / rows / callers / 1000)
+    await runner.close()
+    return statistics.median(spent)
+
+
 async def hop(count: int = 300) -> float:
     """Microseconds from handing work to an idle engine thread until its result is on the loop; the median."""
     loop = asyncio.get_running_loop()
@@ -102,6 +158,11 @@ def measure() -> dict[str, float]:
             1, 1, max_batch=1, has_deadlines=True
         ),
         "refused as late or full, 99th percentile": refusal_p99,
+        "model runner, one row alone, inline": lambda: asyncio.run(through_runner(1, 1, is_inline=True)),
+        "one request of 32 rows": lambda: asyncio.run(through_runner(32, 1, is_inline=True)),
+        "32 requests of one row": lambda: asyncio.run(through_runner(1, 32, is_inline=True)),
+        "one row alone, in a thread": lambda: asyncio.run(through_runner(1, 1, is_inline=False)),
+        "one request of 32 rows, in a thread": lambda: asyncio.run(through_runner(32, 1, is_inline=False)),
         "hop to an engine thread and back": lambda: asyncio.run(hop()),
     }
     return {name: round(case(), 2) for name, case in cases.items()}

@@ -40,7 +40,7 @@ class Buffers:
 B = TypeVar("B", bound=Buffers)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BoundBatch(Generic[B]):
     """The first `rows` rows of a set of buffers; see `engines.Batch`."""
 
