@@ -283,7 +283,9 @@ def test_a_cached_answer_without_the_extras_that_fusion_needs_runs_again():
     assert isinstance(cascade.judge_cached(Model(0.8, fusion_version="1"), CONTEXT, LOCAL), Outcome)
     down = made(Cloud(LinkState(False, False, 0)))  # nothing to fuse
     assert isinstance(down.judge_cached(Model(0.9, fusion_version="1"), CONTEXT, LOCAL), Pending)
-    rich = msgspec.structs.replace(LOCAL, answer=msgspec.structs.replace(LOCAL.answer, extras=(np.ones(1, np.float32),)))
+    rich = msgspec.structs.replace(
+        LOCAL, answer=msgspec.structs.replace(LOCAL.answer, extras=(np.ones(1, np.float32),))
+    )
     assert isinstance(cascade.judge_cached(Model(0.9, fusion_version="1"), CONTEXT, rich), Pending)
 
 
