@@ -252,16 +252,25 @@ def test_with_a_signature_an_unknown_output_is_refused_before_data_is_read(monke
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "words"),
     [
-        b'{"inputs":[],"parameters":{"a":"' + b"x" * 70_000 + b'"}}',
-        b'{"inputs":[],"parameters":{' + b",".join(b'"%d":1' % at for at in range(20_000)) + b"}}",
-        b'{"inputs":[' + b",".join([b'{"name":"","datatype":"","shape":[]}'] * 40_000) + b"]}",
-        b'{"inputs":[],"outputs":[' + b",".join([b'{"name":""}'] * 40_000) + b"]}",
+        (b'{"inputs":[],"parameters":{"a":"' + b"x" * 70_000 + b'"}}', "parameters: longer than 65536 bytes"),
+        (
+            b'{"inputs":[],"parameters":{' + b",".join(b'"%d":1' % at for at in range(20_000)) + b"}}",
+            "parameters: longer than 65536 bytes",
+        ),
+        (
+            b'{"inputs":[' + b",".join([b'{"name":"","datatype":"","shape":[]}'] * 40_000) + b"]}",
+            "More than 32 inputs",
+        ),
+        (
+            b'{"inputs":[],"outputs":[' + b",".join([b'{"name":""}'] * 40_000) + b"]}",
+            "outputs: longer than 65536 bytes",
+        ),
     ],
 )
-def test_masses_of_entries_are_too_large_before_they_are_decoded(body):
-    with pytest.raises(TooLarge):
+def test_masses_of_entries_are_too_large_before_they_are_decoded(body, words):
+    with pytest.raises(TooLarge, match=words):
         complete(oip.decoding_request(body, None))
 
 
