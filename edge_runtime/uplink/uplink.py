@@ -19,6 +19,7 @@ Interleavings that the code guards against:
 """
 
 import asyncio
+import logging
 import random
 import secrets
 import time
@@ -47,6 +48,8 @@ from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost, R
 from edge_runtime.mqtt.envelope import Message, pack, unpack
 from edge_runtime.mqtt.paho_adapter import PahoClient
 from edge_runtime.typed_toml import read_secret
+
+_log = logging.getLogger(__name__)
 
 
 class CloudSettings(Protocol):
@@ -276,7 +279,7 @@ class Uplink:
                         deadline_ns - now_ns,
                         self._draw(),
                     )
-                    if await self._replied(health, request_id, waiting, confirmed, resend_ns):
+                    if await self._replied(health, request_id, sends, waiting, confirmed, resend_ns):
                         return waiting.result()
                     if not self._resends.take(self._clock_ns()):
                         return await waiting
@@ -308,6 +311,7 @@ class Uplink:
         self,
         health: Health,
         request_id: bytes,
+        sends: int,
         waiting: "asyncio.Future[InferReply]",
         confirmed: "asyncio.Future[int]",
         resend_ns: int | None,
@@ -326,12 +330,13 @@ class Uplink:
             if confirmed in done:
                 pending.discard(confirmed)
                 if not waiting.done():
-                    self._check_confirmation(health, request_id, confirmed.result())
+                    self._check_confirmation(health, request_id, sends, confirmed.result())
         return True
 
-    def _check_confirmation(self, health: Health, request_id: bytes, code: int) -> None:
+    def _check_confirmation(self, health: Health, request_id: bytes, sends: int, code: int) -> None:
         if code == NO_SUBSCRIBERS:
-            if not health.is_absence_true:
+            # Of a further copy: the worker that has the first one may be draining, and answers it yet.
+            if sends > 1 or not health.is_absence_true:
                 return
             health.absent(request_id, self._clock_ns())
             self.counters["absent"] += 1
@@ -447,7 +452,11 @@ class Uplink:
             for model, health in list(self._models.items()):
                 if late_ns > _GAP_NS:
                     health.forgive(late_ns)
-                if health.tick(self._clock_ns()):
+                was_open = health.is_open
+                is_probe_due = health.tick(self._clock_ns())
+                if health.is_open and not was_open:
+                    _log.warning("event=cloud_silent model=%s", model)
+                if is_probe_due:
                     await self._probe(model, health)
 
     async def _probe(self, model: str, health: Health) -> None:
@@ -460,11 +469,11 @@ class Uplink:
         request_id = secrets.token_bytes(16)
         self._probes[request_id] = model
         self.counters["probes"] += 1
-        message = self._pack(model, InferRequest(()), request_id, self._patience_ns)
         try:
+            message = self._pack(model, InferRequest(()), request_id, self._patience_ns)
             async with asyncio.timeout(_PROBE_S):
                 await self._connection.send(message)
-        except (TimeoutError, LinkLost):
+        except (TimeoutError, LinkLost, InvalidRequest):
             pass  # there will be another
 
 

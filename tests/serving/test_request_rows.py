@@ -401,3 +401,16 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused(name, value):
             await service_of(named()).infer("named", None, rows_of(b"a@0.9", **{name: value}))
 
     run(scenario)
+
+
+@pytest.mark.parametrize(("is_authenticated", "asked"), [(True, 1), (False, 2)])
+def test_an_answer_that_anybody_could_have_sent_is_not_kept(is_authenticated, asked):
+    async def scenario():
+        cloud = NamedCloud()
+        cloud.is_authenticated = is_authenticated
+        service = service_of(named(), cloud)
+        for _ in range(2):
+            assert labels(await service.infer("named", None, rows_of(b"x@0.1"))) == [b"cloud x"]
+        assert len(cloud.asked) == asked
+
+    run(scenario)

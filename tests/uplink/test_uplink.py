@@ -326,6 +326,25 @@ def test_a_probe_asks_for_nothing_and_none_goes_out_for_nobody():
     in_rig(scenario)
 
 
+def test_on_a_new_connection_the_cloud_is_probed_at_once():
+    """A broker was away for a minute: what was found on the old connection is no reason to wait for the next probe."""
+
+    async def scenario(edge):
+        for _ in range(2):
+            await edge.reason()
+        await asyncio.sleep(60)
+        edge.uplink.link_state("commands")
+        edge.cloud.delay_s = 0.01
+        edge.server.clients[1].lose()
+        await settle()
+        assert edge.uplink.link_state("commands").is_breaker_open
+        assert await edge.uplink.wait_connected(60)
+        await asyncio.sleep(0.02)
+        assert (await edge.ask()).model_name == "commands"
+
+    in_rig(scenario)
+
+
 def test_time_in_our_own_window_is_not_the_clouds():
     """The broker confirms nothing for a while: requests that never left say nothing about the workers."""
 
@@ -539,11 +558,14 @@ def test_a_suspended_device_does_not_blame_the_cloud():
         await settle()
         asyncio.get_running_loop().now_s += 34  # the replies wait in the socket meanwhile
         await asyncio.gather(*askers, return_exceptions=True)
-        for request in edge.cloud.requests[1:]:
-            edge.cloud.reply(request)
         await settle()
         assert edge.state is BreakerState.CLOSED
         assert edge.uplink._health("commands").silent_since_ns is None
+        for request in edge.cloud.requests[1:]:
+            edge.cloud.reply(request)
+        await asyncio.sleep(10)
+        assert edge.state is BreakerState.CLOSED
+        assert edge.counters["probes"] == 0
 
     in_rig(scenario)
 
