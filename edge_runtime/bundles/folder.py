@@ -26,7 +26,7 @@ from edge_runtime.bundles.manifest import (
     is_payload,
     parse_manifest,
 )
-from edge_runtime.bundles.stoppable import Stop, run_stoppable
+from edge_runtime.bundles.stoppable import Stop
 from edge_runtime.compression import compress, decompress
 from edge_runtime.core.errors import BundleError, InvalidRequest
 from edge_runtime.core.protocol.ids import is_id
@@ -116,14 +116,6 @@ def load_bundle(
         os.close(folder)
     stored = len(raw) + sum(entry.stored_size for entry in manifest.files)
     return Bundle(manifest, files, hashlib.sha256(raw).hexdigest(), stored, signed_by)
-
-
-async def load_bundle_async(path: str | os.PathLike[str], trust: Trust | None = None) -> Bundle:
-    """As `load_bundle`, without blocking the event loop: reading and unpacking take up to a second.
-
-    A cancelled caller ends the work and its child.
-    """
-    return await run_stoppable(lambda stop: load_bundle(path, trust, stop=stop), "load-bundle")
 
 
 def write_bundle(

@@ -104,6 +104,11 @@ class TwoLevelCache:
         self.memory.revise(key, hit)
         return hit
 
+    def peek(self, key: bytes) -> Outcome | None:
+        """As `get`, for a request that has been counted by its `get` already."""
+        found = self.memory.peek(self.now_ns(), key)
+        return None if found is None else found.as_cached()
+
     async def read_disk(self, key: bytes, digest: str) -> DiskHit | None:
         """Return what the disk has for `key`; copy a fresh outcome to memory, where it keeps its age.
 
@@ -111,7 +116,7 @@ class TwoLevelCache:
         """
         asked_ns = (
             self.now_ns()
-        )  # the age that the disk returns is that of a later moment, so nothing gets younger
+        )  # the disk returns the age at a later moment: nothing gets younger on its way
         found = None if self.disk is None else await self.disk.find(key)
         if found is None or found.age_ns >= self.memory.ttl_ns + self.memory.stale_ns:
             return None
@@ -156,6 +161,7 @@ class TwoLevelCache:
     def drop_model(self, digest: str, loaded: Collection[str]) -> None:
         """Drop every answer of the model `digest`, and on disk those of all models but the `loaded` ones."""
         self.memory.forget(digest)
+        self._cloud_versions.pop(digest, None)
         if self.disk is not None:
             self.disk.retain_models(loaded)
 

@@ -7,8 +7,9 @@ import os
 import time
 from dataclasses import dataclass
 
-from edge_runtime.bundles.folder import Bundle, Trust, find_bundle, load_bundle, load_bundle_async
+from edge_runtime.bundles.folder import Bundle, Trust, find_bundle, load_bundle
 from edge_runtime.bundles.manifest import Manifest
+from edge_runtime.bundles.stoppable import Stop, Stopped, run_stoppable
 from edge_runtime.core.errors import BundleError, EngineFailed
 from edge_runtime.core.messages import LatencyProfile, ModelInfo
 from edge_runtime.engines import Engine
@@ -97,10 +98,25 @@ async def load_model_soon(
     max_batch: int,
     quarantine: Quarantine,
 ) -> Model:
-    """As `load_model`; a trial does not hold up the event loop and ends with its caller."""
-    bundle = await load_bundle_async(find_bundle(name_or_path), trust)
-    report = await quarantine.admit_async(bundle, threads=threads, max_batch=batch_limit(bundle, max_batch))
-    return build_model(bundle, threads=threads, max_batch=max_batch, report=report)
+    """As `load_model`, without blocking the event loop: verifying, unpacking, probing and building take up to seconds.
+
+    A cancelled caller ends the work and its children; an engine that was built by then is closed.
+    """
+
+    def load(stop: Stop) -> Model:
+        bundle = load_bundle(find_bundle(name_or_path), trust, stop=stop)
+        limit = batch_limit(bundle, max_batch)
+        report = quarantine.admit(bundle, threads=threads, max_batch=limit, stop=stop)
+        stop.check()
+        model = build_model(bundle, threads=threads, max_batch=max_batch, report=report)
+        try:
+            stop.check()
+        except Stopped:  # nobody takes the model
+            model.engine.close()
+            raise
+        return model
+
+    return await run_stoppable(load, "load-model")
 
 
 def load_engine(

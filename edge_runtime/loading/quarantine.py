@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.bundles.folder import Bundle
-from edge_runtime.bundles.stoppable import Stop, run_stoppable
+from edge_runtime.bundles.stoppable import Stop
 from edge_runtime.core.errors import BundleError
 from edge_runtime.engines.build import engine_version
 from edge_runtime.loading.sandbox import Ended, Limits, SandboxedLoad, is_possible
@@ -80,12 +80,6 @@ class Quarantine:
         known = self._known(bundle, threads, max_batch)
         result = known.run(stop) if isinstance(known, SandboxedLoad) else known
         return self._settle(bundle, threads, max_batch, known, result)
-
-    async def admit_async(self, bundle: Bundle, *, threads: int, max_batch: int) -> Report | None:
-        """As `admit`, without blocking the event loop; a cancelled caller ends the sandbox."""
-        return await run_stoppable(
-            lambda stop: self.admit(bundle, threads=threads, max_batch=max_batch, stop=stop), "sandbox"
-        )
 
     def report_of(self, digest: str) -> Report | None:
         """Return what the last probe of a bundle reported, if it passed."""

@@ -17,7 +17,7 @@ class Earlier:
 
     async def find(self) -> Outcome | None:
         """See `EarlierAnswers.find`. A more urgent request may have asked the cloud since this row was looked up."""
-        now = self._cache.get(self._key)
+        now = self._cache.peek(self._key)  # this request was counted when the row was looked up
         if now is not None and is_from_cloud(now):
             return now
         if not self._is_asked:

@@ -178,7 +178,9 @@ def test_a_folder_may_be_named_by_a_link_and_is_read_as_one(folder, tmp_path):
     assert dict(load_bundle(tmp_path / "current").files) == PAYLOADS
 
 
-@pytest.mark.parametrize("name", [b"extra.txt", b".hidden", b"model.onnx", b"x.so", b"\xff\xfe", b"a\nb"])
+@pytest.mark.parametrize(
+    "name", [b"extra.txt", b".hidden", b"model.onnx", b"x.so", b"\xff\xfe", b"a\nb", b"extra.txt.zst"]
+)
 def test_unlisted_files_are_refused_whatever_they_are(folder, name):
     extra = folder / os.fsdecode(name)
     for make, remove in (

@@ -19,12 +19,11 @@ from edge_runtime.bundles.folder import (
     SIGNATURE,
     Trust,
     load_bundle,
-    load_bundle_async,
     sign_bundle,
     write_bundle,
 )
 from edge_runtime.bundles.isolated_child import IsolatedChild
-from edge_runtime.bundles.stoppable import Stop
+from edge_runtime.bundles.stoppable import Stop, run_stoppable
 from edge_runtime.cli.main import main
 from edge_runtime.core.errors import BundleError
 from tests.bundles.test_folder import FIELDS, PAYLOADS
@@ -273,6 +272,10 @@ def test_a_key_file_may_hold_carriage_returns_and_words_around_the_key():
 # Off the event loop
 
 
+def load_stoppable(path, trust=None):
+    return run_stoppable(lambda stop: load_bundle(path, trust, stop=stop), "load-bundle")
+
+
 def run(scenario):
     async def limited():
         async with asyncio.timeout(60):
@@ -295,7 +298,7 @@ def test_a_bundle_is_verified_and_unpacked_while_the_event_loop_runs(bundle, mon
             return real(*args, **options)
 
         monkeypatch.setattr(folder_module, "decompress", decompress)
-        loading = asyncio.create_task(load_bundle_async(bundle, TRUST))
+        loading = asyncio.create_task(load_stoppable(bundle, TRUST))
         await asyncio.sleep(0)
         gate.set()
         loaded = await loading
@@ -312,7 +315,7 @@ def test_a_cancelled_check_leaves_no_child(bundle, monkeypatch):
 
     async def scenario():
         before = set(children())
-        loading = asyncio.create_task(load_bundle_async(bundle, TRUST))
+        loading = asyncio.create_task(load_stoppable(bundle, TRUST))
         while set(children()) <= before:
             await asyncio.sleep(0)
         loading.cancel()
@@ -335,7 +338,7 @@ def test_a_cancelled_load_unpacks_no_further_payload(bundle, monkeypatch):
     monkeypatch.setattr(Stop, "set", set_and_tell)
 
     async def scenario():
-        loading = asyncio.create_task(load_bundle_async(bundle))
+        loading = asyncio.create_task(load_stoppable(bundle))
         loop = asyncio.get_running_loop()
 
         def decompress(stored, **options):

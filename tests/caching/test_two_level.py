@@ -1,6 +1,7 @@
 """Both levels of the cache: what it pins is what it counts, and nothing that it returns is older than it says."""
 
 import asyncio
+import dataclasses
 import gc
 import hashlib
 import time
@@ -225,6 +226,34 @@ def test_an_expired_answer_that_serves_in_need_counts_once():
     assert cache.get(key(0)) is None
     assert cache.stale_answer(key(0), None) is not None
     assert uses(cache, 0) == 1
+
+
+def test_a_cached_answer_that_is_escalated_counts_its_request_once():
+    async def scenario():
+        one, cloud = fakes.named(threshold=0.1), fakes.NamedCloud()
+        service = fakes.service_of(one, cloud)
+        await service.infer("named", None, fakes.rows_of(b"a@0.5"))
+        (entry,) = service.cache.memory._eviction._entries.values()
+        assert entry.uses == 0
+        service.replace_model(
+            dataclasses.replace(one, info=dataclasses.replace(one.info, accept_threshold=0.9))
+        )
+        reply = await service.infer("named", None, fakes.rows_of(b"a@0.5"))
+        assert reply.parameters["origin"] == "cloud"
+        assert entry.uses == 1
+
+    fakes.run(scenario)
+
+
+def test_peeking_sees_what_is_fresh_and_counts_nothing():
+    clock = Clock()
+    cache = TwoLevelCache(Cache(100_000, HOUR, HOUR), now_ns=clock)
+    put(cache, 0, command(0))
+    assert cache.peek(key(0)).origin is Origin.CACHE
+    assert cache.peek(key(1)) is None
+    assert uses(cache, 0) == 0
+    clock.ns += HOUR
+    assert cache.peek(key(0)) is None
 
 
 # Ages

@@ -18,6 +18,7 @@ from onnx import helper
 
 from edge_runtime.bundles import isolated_child
 from edge_runtime.bundles.folder import find_bundle, load_bundle
+from edge_runtime.bundles.stoppable import run_stoppable
 from edge_runtime.cli.main import main
 from edge_runtime.config import (
     BatchSettings,
@@ -290,7 +291,9 @@ def test_cancelling_kills_the_child_and_blames_nobody(tmp_path):
     async def cancelled():
         # Longer than this test waits for it, and short enough for a run of this test with the kill broken.
         quarantine = Quarantine(record, limits=Limits(cpu_s=25))
-        admitting = asyncio.create_task(quarantine.admit_async(bundle, threads=1, max_batch=8))
+        admitting = asyncio.create_task(
+            run_stoppable(lambda stop: quarantine.admit(bundle, threads=1, max_batch=8, stop=stop), "sandbox")
+        )
         while not children():
             await asyncio.sleep(0)
         admitting.cancel()

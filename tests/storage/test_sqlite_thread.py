@@ -148,9 +148,12 @@ def test_a_caller_that_is_cancelled_harms_no_other(tmp_path):
         numbers = Numbers(tmp_path / "db")
         gate, unhandled = threading.Event(), []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
-        first = numbers.thread.submit(lambda database: gate.wait(30))
+        began = threading.Event()
+        first = numbers.thread.submit(lambda database: began.set() or gate.wait(30))
         second = numbers.thread.submit(lambda database: 2)
         numbers.thread.start()
+        while not began.is_set():
+            await asyncio.sleep(0)
         first.cancel()
         gate.set()
         assert await second == 2

@@ -50,6 +50,11 @@ class Cache(Generic[Value]):
             return None
         return entry.value
 
+    def peek(self, now_ns: int, key: bytes) -> Value | None:
+        """As `get`, without counting a use."""
+        entry = self._eviction.peek(key)
+        return None if entry is None or entry.expires_ns <= now_ns else entry.value
+
     def get_stale(self, now_ns: int, key: bytes) -> Value | None:
         """Return the value of `key` that is fresh or expired less than the stale time ago, or None."""
         entry = self._eviction.peek(key)  # the request was counted by its `get`
