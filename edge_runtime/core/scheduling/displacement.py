@@ -1,9 +1,10 @@
-"""A full queue is shared out: which waiting requests make room for a new one.
+"""A full queue is shared out: which waiting requests make room for new ones.
 
-A request of a lower priority yields first. In the priority of the new request only the greediest caller yields: first
-the tenant that holds most of the queue is found, then its caller that does. It yields only if it still holds as much as
-the new request's caller would, with all rows of its request, so two callers never displace each other in turns. The
-newest requests yield, since the caller's older ones may be done soon, and never a member between two steps.
+Requests of a lower priority yield first. In the priority of the new request only the greediest flow yields: first the
+tenant that holds most of the queue is found, then its flow that does. It yields only as long as it holds no less than the
+new request's flow would, so two flows never displace each other in turns; to the rows of a whole request only if it still
+holds twice as much, because a displaced row often makes the other rows of its request useless. The newest requests
+yield, because the older ones of a flow may be done soon, and never a member of a sequence between two steps.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,19 @@ from itertools import islice
 
 from edge_runtime.core.scheduling.queueing import Entry, Flow, PriorityClass
 
-#: One new request displaces at most this many, and this many are looked at, so that the work of a submission is bounded.
+#: A new row displaces at most this many, so that the work of a submission is bounded.
 _MOST_DISPLACED = 16
-_MOST_SEEN = 64
+#: To the rows of a whole request only a flow yields that holds so many times as much.
+_TIMES_GREEDIER = 2
+#: So many members of sequences are passed over for each that is displaced.
+_PASSED_OVER = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Newcomer:
-    """A request that does not fit into the queue. `flow` is its caller's, or a new one that is not attached.
+    """A row, or the rows of one request, for which the queue has no room.
 
-    `rows`: submissions of its caller that belong together. `excess` and `excess_bytes`: what must be freed for it.
+    `flow` need not be attached. `excess` and `excess_bytes` are what must be freed.
     """
 
     flow: Flow
@@ -55,25 +59,27 @@ def _victims_of(priority_class: PriorityClass, new: Newcomer, *, is_own: bool) -
     if not chosen or not is_own:
         return chosen
     if tenant == new.flow.tenant:
-        present = priority_class.flow(tenant, new.flow.caller)
+        present = priority_class.flow(tenant, new.flow.name)
         theirs, own = held[greediest], 0 if present is None else held[present]
     else:
         theirs, own = of_tenant[tenant], of_tenant.get(new.flow.tenant, 0)
-    freed, each = (freed_bytes, new.size_bytes) if by_bytes else (len(chosen), 1)
-    return chosen if theirs - freed >= max(own + each, new.rows * each) else []
+    freed, more = (freed_bytes, new.size_bytes) if by_bytes else (len(chosen), new.rows)
+    times = 1 if new.rows == 1 else _TIMES_GREEDIER
+    return chosen if theirs - freed >= times * (own + more) else []
 
 
 def _newest(flow: Flow, new: Newcomer) -> tuple[list[Entry], int]:
     """The newest requests of a flow that free enough, with their bytes; none if it takes too many."""
     chosen: list[Entry] = []
     freed_bytes = 0
-    for entry in islice(flow.newest_first(), _MOST_SEEN):
+    most = max(_MOST_DISPLACED, new.rows)
+    for entry in islice(flow.newest_first(), _PASSED_OVER * most):
         if entry.id in entry.queue.lane.staying:
             continue
         chosen.append(entry)
         freed_bytes += entry.size_bytes
         if len(chosen) >= new.excess and freed_bytes >= new.excess_bytes:
             return chosen, freed_bytes
-        if len(chosen) == _MOST_DISPLACED:
+        if len(chosen) == most:
             break
     return [], 0

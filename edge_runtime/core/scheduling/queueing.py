@@ -1,10 +1,9 @@
 """The requests that wait, in the order in which they are served: priority classes, flows in turns, deadlines.
 
-    PriorityClass (strict, with ageing) -> Flow (one caller, takes turns) -> Queue (one lane, earliest deadline first)
+    PriorityClass (strict, with ageing) -> Flow (takes turns) -> Queue (one lane, earliest deadline first)
 
-A caller that is named (a connection) is a flow of its own inside of its tenant: tenants share engine time equally, and the
-callers of a tenant share its part, so a tenant gains nothing by more connections. Requests without a named caller are
-one flow, which has the turns of a tenant.
+The named flows of a tenant (its connections) share the tenant's part: tenants share engine time equally, so a tenant gains
+nothing by more connections. Requests that name no flow are one flow, which has the turns of a tenant.
 """
 
 from bisect import bisect_left
@@ -78,18 +77,18 @@ class Queue:
 
 
 class Flow:
-    """One caller of one tenant in one priority class: its queues, and its virtual time.
+    """Requests of one tenant in one priority class that take turns as one: their queues, and their virtual time.
 
-    `caller` is None for the requests of a tenant that name none. `group` is the tenant of a named caller, from its
-    first request on.
+    `name` is None for the requests of a tenant that name no flow. `group` is the tenant of a named flow, from its first
+    request on.
     """
 
-    __slots__ = ("caller", "group", "priority_class", "queues", "tenant", "virtual_ns")
+    __slots__ = ("group", "name", "priority_class", "queues", "tenant", "virtual_ns")
 
-    def __init__(self, priority_class: "PriorityClass", tenant: str, caller: Hashable) -> None:
+    def __init__(self, priority_class: "PriorityClass", tenant: str, name: Hashable) -> None:
         self.priority_class = priority_class
         self.tenant = tenant
-        self.caller = caller
+        self.name = name
         self.group: Tenant | None = None
         self.queues: dict[Lane, Queue] = {}  # none of them empty
         self.virtual_ns = 0.0
@@ -115,12 +114,12 @@ class Flow:
 
 
 class Tenant:
-    """The named callers of one tenant in one priority class, with a virtual time of its own."""
+    """The named flows of one tenant in one priority class, and the virtual time that they have together."""
 
     __slots__ = ("flows", "key", "time", "virtual_ns")
 
     def __init__(self, tenant: str) -> None:
-        self.key = (tenant,)  # apart from the tenant's requests without a named caller
+        self.key = (tenant,)  # apart from the tenant's requests that name no flow
         self.flows: dict[Hashable, Flow] = {}
         self.time = VirtualTime()
         self.virtual_ns = 0.0
@@ -129,7 +128,7 @@ class Tenant:
 class PriorityClass:
     """One priority (`rank`) and the flows that wait in it. `since_ns`: when it last had a turn, or began to wait.
 
-    `unnamed` are the flows of tenants that name no caller, `tenants` those with named ones.
+    `unnamed` has the requests that name no flow, by tenant; `tenants` has the named flows.
     """
 
     __slots__ = ("by_lane", "rank", "since_ns", "tenants", "time", "unnamed", "waiting")
@@ -143,16 +142,16 @@ class PriorityClass:
         self.waiting = 0
         self.since_ns = 0
 
-    def flow(self, tenant: str, caller: Hashable) -> Flow | None:
-        """The flow of a caller, if something of it waits."""
-        if caller is None:
+    def flow(self, tenant: str, name: Hashable) -> Flow | None:
+        """A flow, if something of it waits."""
+        if name is None:
             return self.unnamed.get(tenant)
         group = self.tenants.get(tenant)
-        return None if group is None else group.flows.get(caller)
+        return None if group is None else group.flows.get(name)
 
-    def queue(self, tenant: str, caller: Hashable, lane: Lane) -> Queue:
+    def queue(self, tenant: str, name: Hashable, lane: Lane) -> Queue:
         """The queue of a flow's requests for a lane. A new queue is attached by its first `insert`."""
-        flow = self.flow(tenant, caller) or Flow(self, tenant, caller)
+        flow = self.flow(tenant, name) or Flow(self, tenant, name)
         return flow.queues.get(lane) or Queue(flow, lane)
 
     def flows(self) -> Iterator[Flow]:
@@ -167,7 +166,7 @@ class PriorityClass:
             yield from of_lane
 
     def turn(self) -> Flow:
-        """The flow whose turn it is: first the tenant, then its caller. Of equal ones, the one that waits longer."""
+        """The flow whose turn it is: first the tenant, then its flow. Of equal ones, the one that waits longer."""
         if not self.tenants:
             flows = self.unnamed.values()
             flow = next(iter(flows)) if len(flows) == 1 else min(flows, key=_virtual_ns)
@@ -184,7 +183,7 @@ class PriorityClass:
         return flow
 
     def take(self, lane: Lane, rows: int) -> list[Entry]:
-        """Remove and return at most `rows` entries of a lane, in equal parts of its tenants, and of their callers."""
+        """Remove and return at most `rows` entries of a lane, in equal parts of its tenants, and of their flows."""
         taken: list[Entry] = []
         while len(taken) < rows and (queues := self.by_lane.get(lane, ())):
             in_turn = sorted(queues, key=_virtual_ns_of_queue) if len(queues) > 1 else list(queues)
@@ -206,11 +205,11 @@ class PriorityClass:
         """How many rows of other flows are served for each row of a queue, at most."""
         is_new, flow = not queue.keys, queue.flow
         members = len(self.unnamed) + len(self.tenants)
-        if flow.caller is None:
+        if flow.name is None:
             return max(members - (not is_new), 0)
         group = self.tenants.get(flow.tenant)
-        callers = is_new + (0 if group is None else len(group.flows))
-        return (members - (group is not None)) * callers + callers - 1
+        flows = is_new + (0 if group is None else len(group.flows))
+        return (members - (group is not None)) * flows + flows - 1
 
     def charge(self, flow: Flow, ns: float) -> None:
         """Add engine time to a flow's virtual time, also if nothing of the flow waits any more."""
@@ -226,7 +225,7 @@ class PriorityClass:
     def attach(self, queue: Queue) -> None:
         """Include a queue in the turns, just before its first entry is inserted."""
         flow = queue.flow
-        if flow.caller is not None:
+        if flow.name is not None:
             self._attach_named(flow)
         elif flow.tenant not in self.unnamed:
             flow.virtual_ns = self.time.enter(flow.tenant)
@@ -256,26 +255,26 @@ class PriorityClass:
             self.time.charge_absent(group.key, group.virtual_ns, ns)
             return
         present.virtual_ns += ns
-        caller = present.flows.get(flow.caller)
-        if caller is not None:
-            caller.virtual_ns += ns
+        named = present.flows.get(flow.name)
+        if named is not None:
+            named.virtual_ns += ns
         else:
-            present.time.charge_absent(flow.caller, flow.virtual_ns, ns)
+            present.time.charge_absent(flow.name, flow.virtual_ns, ns)
 
     def _attach_named(self, flow: Flow) -> None:
         group = self.tenants.get(flow.tenant)
         if group is None:
             group = self.tenants[flow.tenant] = Tenant(flow.tenant)
             group.virtual_ns = self.time.enter(group.key)
-        if flow.caller not in group.flows:
+        if flow.name not in group.flows:
             group.time.credit_ns = self.time.credit_ns
-            flow.virtual_ns = group.time.enter(flow.caller)
-            group.flows[flow.caller] = flow
+            flow.virtual_ns = group.time.enter(flow.name)
+            group.flows[flow.name] = flow
             flow.group = group
 
     def _detach_named(self, flow: Flow, group: Tenant) -> None:
-        del group.flows[flow.caller]
-        group.time.leave(flow.caller, flow.virtual_ns)
+        del group.flows[flow.name]
+        group.time.leave(flow.name, flow.virtual_ns)
         if not group.flows:
             del self.tenants[flow.tenant]
             self.time.leave(group.key, group.virtual_ns)

@@ -32,9 +32,11 @@ PRIORITIES = 3
 NORMAL = 1
 
 _SECOND = 1_000_000_000
-#: A poll returns at most this many batches, unless its caller says otherwise. To form eight batches of 32 rows takes about a millisecond, the resolution
-#: of an event loop's timers; then other work of the loop has its turn.
+#: A poll returns at most this many batches, unless its caller says otherwise. To form eight batches of 32 rows takes
+#: about a millisecond, the resolution of an event loop's timers; then other work of the loop has its turn.
 BATCHES_PER_POLL = 8
+#: This part of the queue is left to single rows; see `reserve`.
+_PART_OF_SINGLES = 8
 #: A priority class rises by one after this many full batches without a turn, but not before a millisecond.
 _AGEING_BATCHES = 16
 _LEAST_AGEING_NS = 1_000_000
@@ -135,6 +137,8 @@ class Scheduler:
         )  # fmt: skip
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
+        self._reserved = 0  # rows that `reserve` has kept room for and that were not submitted
+        self._reserved_by: dict[str, int] = {}  # of them, of each tenant
         self._paused: dict[int, Entry] = {}
         self._displaced: dict[int, Refuse] = {}  # taken out of the queue, to be reported by the next poll
         self._batches: dict[int, _Batch] = {}
@@ -186,21 +190,23 @@ class Scheduler:
         size_bytes: int = 0,
         deadline_ns: int | None = None,
         tenant: str = "",
-        caller: Hashable = None,
+        flow: Hashable = None,
         priority: int = NORMAL,
-        rows: int = 1,
+        is_reserved: bool = False,
     ) -> Refuse | None:
         """Admit a request, or return its refusal. Then ask `poll` what to run.
 
         `request_id` must not be one that waits or runs. The work must end by `deadline_ns`. `priority` is 0 (served first)
-        to PRIORITIES - 1. `caller` tells the callers of a tenant apart (its connections); each is a flow of its own.
-        `rows`: how many such submissions belong to one request of the caller.
+        to PRIORITIES - 1. `flow` tells the connections of a tenant apart; they share its part fairly. `is_reserved`:
+        `reserve` has kept room for it.
 
-        A full queue is shared out: the new request displaces others of a lower priority, or of a caller that holds
-        more of the queue than the new one's caller would with all `rows`. The next `poll` refuses the displaced ones.
+        A full queue is shared out: the new request displaces one of a lower priority, or of a flow that holds more of the
+        queue. The next `poll` refuses the displaced one.
         """
         # Every request comes this way. Look-ups are written out, because each function call would add 5 %.
-        if self._is_draining:
+        if is_reserved:
+            self.release(1, tenant)
+        elif self._is_draining:
             return Refuse(request_id, RefusalKind.DRAINING)
         if deadline_ns is None:
             key_ns = now_ns + _PATIENCE_NS
@@ -211,8 +217,14 @@ class Scheduler:
             key_ns = deadline_ns if left_ns < _PATIENCE_NS else now_ns + _PATIENCE_NS
         waiting, limits = self._waiting, self._limits
         displaced: Sequence[Entry] = ()
-        if len(waiting) >= limits.max_waiting or self._waiting_bytes + size_bytes > limits.max_waiting_bytes:
-            displaced = self._victims(size_bytes, tenant, caller, priority, rows)
+        if (
+            len(waiting) + self._reserved >= limits.max_waiting
+            or self._waiting_bytes + size_bytes > limits.max_waiting_bytes
+        ):
+            excess = len(waiting) + self._reserved + 1 - limits.max_waiting
+            excess_bytes = self._waiting_bytes + size_bytes - limits.max_waiting_bytes
+            asked = Flow(self._classes[priority], tenant, flow)
+            displaced = victims(self._classes, Newcomer(asked, size_bytes, 1, excess, excess_bytes))
             if not displaced:
                 return Refuse(request_id, RefusalKind.FULL, self._forecast.half_served_ns(now_ns))
         if self._has_quotas and (refused := self._over_quota(now_ns, request_id, tenant)):
@@ -220,10 +232,12 @@ class Scheduler:
         forecast = self._forecast
         state = forecast.lanes.get(lane) or forecast.new_lane(lane)
         priority_class = self._classes[priority]
-        flow = priority_class.unnamed.get(tenant) if caller is None else priority_class.flow(tenant, caller)
-        queue = None if flow is None else flow.queues.get(state)
+        present = priority_class.unnamed.get(tenant) if flow is None else priority_class.flow(tenant, flow)
+        queue = None if present is None else present.queues.get(state)
         if queue is None:
-            queue = Queue(flow or Flow(priority_class, tenant, caller), state)  # attached by its first insert
+            queue = Queue(
+                present or Flow(priority_class, tenant, flow), state
+            )  # attached by its first insert
         keys = queue.keys
         at = len(keys) if not keys or key_ns >= keys[-1] else bisect_right(keys, key_ns)
         if deadline_ns is not None:
@@ -250,6 +264,47 @@ class Scheduler:
         queue.insert(at, entry)
         return None
 
+    def reserve(
+        self,
+        now_ns: int,
+        request_id: int,
+        rows: int,
+        *,
+        tenant: str = "",
+        flow: Hashable = None,
+        priority: int = NORMAL,
+    ) -> int | Refuse:
+        """Keep room for the rows of one request, or return its refusal as a whole, in the name of `request_id`.
+
+        Returns how many rows have room: all of them, or as many as the queue takes. Each must be submitted with
+        `is_reserved`, or released. So a request is not refused in the middle, when its first rows have cost engine time
+        for nothing. An eighth of the queue is left to single rows, or each of them would displace a row of such a request.
+        """
+        if self._is_draining:
+            return Refuse(request_id, RefusalKind.DRAINING)
+        if self._has_quotas and (refused := self._over_quota(now_ns, request_id, tenant, rows)):
+            return refused
+        most = self._limits.max_waiting
+        rows = min(rows, most)
+        taken = len(self._waiting) + self._reserved
+        excess = taken + rows - (most - most // _PART_OF_SINGLES if taken else most)
+        if excess > 0:
+            asked = Flow(self._classes[priority], tenant, flow)
+            displaced = victims(self._classes, Newcomer(asked, 0, rows, excess, 0))
+            if not displaced:
+                return Refuse(request_id, RefusalKind.FULL, self._forecast.half_served_ns(now_ns))
+            self._displace(now_ns, displaced)
+        self._reserved += rows
+        self._reserved_by[tenant] = self._reserved_by.get(tenant, 0) + rows
+        return rows
+
+    def release(self, rows: int, tenant: str = "") -> None:
+        """Give back the room of reserved rows that are not submitted."""
+        self._reserved -= rows
+        self._reserved_by[tenant] -= rows
+        if not self._reserved_by[tenant]:
+            del self._reserved_by[tenant]
+
     def cancel(self, request_id: int) -> bool:
         """Forget a waiting or paused request and return True; return False if it has left the queue.
 
@@ -268,8 +323,7 @@ class Scheduler:
     def raise_priority(self, now_ns: int, request_id: int, priority: int) -> bool:
         """Move a waiting request to a higher priority; return False if it does not wait, or waits there or higher.
 
-        Its deadline and its place among the requests of its caller stay the same. For a request for which a more
-        urgent caller waits as well.
+        Its deadline and its place in its flow stay the same. For a request for which a more urgent caller waits as well.
         """
         entry = self._waiting.get(request_id)
         if entry is None or entry.queue.flow.priority_class.rank <= priority:
@@ -392,11 +446,13 @@ class Scheduler:
 
     # Admission
 
-    def _over_quota(self, now_ns: int, request_id: int, tenant: str) -> Refuse | None:
-        """Refuse a request beyond the tenant's quota of waiting requests, or of engine time."""
+    def _over_quota(self, now_ns: int, request_id: int, tenant: str, rows: int = 1) -> Refuse | None:
+        """Refuse rows beyond the tenant's quota of waiting requests, or of engine time."""
         most = self._limits.tenant_max_waiting
-        if most is not None and sum([waits.waiting_of(tenant) for waits in self._classes]) >= most:
-            return Refuse(request_id, RefusalKind.QUOTA, self._forecast.half_served_ns(now_ns))
+        if most is not None:
+            waiting = sum([waits.waiting_of(tenant) for waits in self._classes])
+            if waiting + self._reserved_by.get(tenant, 0) + min(rows, most) > most:
+                return Refuse(request_id, RefusalKind.QUOTA, self._forecast.half_served_ns(now_ns))
         ahead_ns = 0 if self._quotas is None else self._quotas.ahead_ns(now_ns, tenant)
         return Refuse(request_id, RefusalKind.QUOTA, ahead_ns) if ahead_ns else None
 
@@ -418,15 +474,6 @@ class Scheduler:
         self._overloaded_until_ns = now_ns + _OVERLOAD_BATCHES * self._forecast.batch_ns
         return Refuse(request_id, RefusalKind.LATE, retry_ns)
 
-    def _victims(
-        self, size_bytes: int, tenant: str, caller: Hashable, priority: int, rows: int
-    ) -> Sequence[Entry]:
-        """The waiting requests that a new one may displace; none if it may not."""
-        excess = len(self._waiting) + 1 - self._limits.max_waiting
-        excess_bytes = self._waiting_bytes + size_bytes - self._limits.max_waiting_bytes
-        flow = Flow(self._classes[priority], tenant, caller)
-        return victims(self._classes, Newcomer(flow, size_bytes, rows, excess, excess_bytes))
-
     def _displace(self, now_ns: int, entries: Sequence[Entry]) -> None:
         retry_after_ns = self._forecast.half_served_ns(now_ns)
         for entry in entries:
@@ -446,7 +493,7 @@ class Scheduler:
 
     def _place(self, now_ns: int, entry: Entry, priority_class: PriorityClass, lane: Lane) -> None:
         flow = entry.queue.flow
-        entry.queue = queue = priority_class.queue(flow.tenant, flow.caller, lane)
+        entry.queue = queue = priority_class.queue(flow.tenant, flow.name, lane)
         if not priority_class.waiting:
             priority_class.since_ns = now_ns
         queue.insert(bisect_left(queue.keys, entry.key_ns), entry)  # before equal deadlines, which came later
@@ -553,7 +600,7 @@ class Scheduler:
         """Remove from the queue, and return, at most `rows` entries of the lane of `first`.
 
         Those of the priority class whose turn it is come first, in equal parts of its tenants, and of
-        their callers, then those of the others.
+        their flows, then those of the others.
         """
         lane = first.lane
         if rows <= 0 or not lane.waiting:

@@ -20,7 +20,7 @@ def full(max_waiting=8, **how):
     scheduler.submit(0, 0, "L")
     scheduler.poll(0)
     for request_id in range(1, max_waiting + 1):
-        assert scheduler.submit(0, request_id, "L", caller="bulk", rows=max_waiting, **how) is None
+        assert scheduler.submit(0, request_id, "L", flow="bulk", **how) is None
     return scheduler
 
 
@@ -33,38 +33,116 @@ def displaced(scheduler, now=0):
 # A full queue
 
 
-def test_a_full_queue_gives_up_the_newest_of_the_greediest_caller():
+def test_a_full_queue_gives_up_the_newest_of_the_greediest_flow():
     scheduler = full()
-    assert scheduler.submit(0, 100, "L", caller="single") is None
+    assert scheduler.submit(0, 100, "L", flow="single") is None
     assert scheduler.waiting == 8
     assert scheduler.next_wakeup_ns() <= 0  # its caller is waiting for the refusal
     assert displaced(scheduler) == [8]
     assert displaced(scheduler) == []
 
 
-def test_callers_share_a_full_queue_and_then_displace_nobody():
+def test_flows_share_a_full_queue_and_then_displace_nobody():
     scheduler = full()
-    kinds = [scheduler.submit(0, 100 + i, "L", caller="other") for i in range(6)]
+    kinds = [scheduler.submit(0, 100 + i, "L", flow="other") for i in range(6)]
     assert [kind and (kind.id, kind.kind) for kind in kinds] == [
         None, None, None, None, (104, RefusalKind.FULL), (105, RefusalKind.FULL),
     ]  # fmt: skip
     assert displaced(scheduler) == [8, 7, 6, 5]
 
 
+def request(scheduler, first_id, rows, now=0, **how):
+    """Submit a request of many rows: all of them, or the refusal of the whole."""
+    kept = scheduler.reserve(now, first_id, rows, **how)
+    if isinstance(kept, Refuse):
+        return kept
+    for request_id in range(first_id, first_id + kept):
+        assert scheduler.submit(now, request_id, "L", is_reserved=True, **how) is None
+    return kept
+
+
+def test_a_request_of_many_rows_is_admitted_whole_or_refused_as_a_whole():
+    scheduler = Scheduler(QueueLimits(max_waiting=80), engines=(0,))
+    assert request(scheduler, 0, 30, flow=1) == 30
+    assert request(scheduler, 100, 30, flow=2) == 30
+    refused = request(scheduler, 200, 30, flow=3)
+    assert (refused.id, refused.kind) == (200, RefusalKind.FULL)
+    assert (scheduler.waiting, scheduler.poll(0)) == (60, [])
+
+
+def test_room_that_is_kept_is_taken_by_nobody_else():
+    scheduler = Scheduler(QueueLimits(max_waiting=80), engines=(0,))
+    assert scheduler.reserve(0, 0, 50, flow=1) == 50
+    assert scheduler.reserve(0, 100, 50, flow=2).kind is RefusalKind.FULL
+    assert [scheduler.submit(0, i, "L", flow=i) is None for i in range(200, 240)] == [True] * 30 + [
+        False
+    ] * 10
+    for request_id in range(50):
+        assert scheduler.submit(0, request_id, "L", flow=1, is_reserved=True) is None
+    assert scheduler.poll(0) == []
+    assert scheduler.waiting == 80
+
+
+def test_room_that_is_kept_outlives_a_drain_and_can_be_given_back():
+    scheduler = Scheduler(QueueLimits(max_waiting=8, tenant_max_waiting=8), engines=(0,))
+    assert scheduler.reserve(0, 0, 8, tenant="a") == 8
+    assert scheduler.submit(0, 0, "L", tenant="a", is_reserved=True) is None
+    scheduler.release(4, "a")
+    assert request(scheduler, 100, 1, tenant="b") == 1
+    scheduler.drain()
+    assert scheduler.submit(0, 1, "L", tenant="a", is_reserved=True) is None
+    assert scheduler.reserve(0, 200, 1).kind is RefusalKind.DRAINING
+    scheduler.release(2, "a")
+    assert scheduler._reserved_by == {}
+    assert scheduler._reserved == 0
+
+
+def test_an_eighth_of_the_queue_is_left_to_single_rows_unless_nothing_waits():
+    scheduler = Scheduler(QueueLimits(max_waiting=80), engines=(0,))
+    assert request(scheduler, 0, 40, flow=1) == 40
+    assert request(scheduler, 100, 31, flow=2).kind is RefusalKind.FULL
+    assert request(scheduler, 100, 30, flow=2) == 30
+    for request_id in range(200, 210):
+        assert scheduler.submit(0, request_id, "L", flow="single") is None
+    assert scheduler.poll(0) == []  # nothing was displaced
+    scheduler = Scheduler(QueueLimits(max_waiting=80), engines=(0,))
+    assert request(scheduler, 0, 200, flow=1) == 80
+
+
 def test_of_two_equal_bulk_requests_the_first_is_served_whole():
-    scheduler = full()
-    refused = [scheduler.submit(0, 100 + i, "L", caller="other", rows=8) for i in range(8)]
-    assert [refusal.id for refusal in refused] == list(range(100, 108))
-    assert displaced(scheduler) == []
+    scheduler = Scheduler(QueueLimits(max_waiting=80), engines=(0,))
+    assert request(scheduler, 0, 80, flow=1) == 80
+    assert request(scheduler, 100, 80, flow=2).kind is RefusalKind.FULL
+    assert scheduler.poll(0) == []
+
+
+def test_a_request_displaces_a_flow_that_holds_twice_as_much_by_all_it_needs_at_once():
+    scheduler = Scheduler(QueueLimits(max_waiting=80), engines=(0,))
+    for first in range(1000, 1070, 10):
+        assert request(scheduler, first, 10, flow=1) == 10
+    assert request(scheduler, 0, 25, flow=2).kind is RefusalKind.FULL  # 45 would be left, and 50 is twice 25
+    assert request(scheduler, 0, 20, flow=2) == 20
+    assert displaced_ids(scheduler) == list(range(1069, 1049, -1))
+    assert request(scheduler, 100, 20, flow=2).kind is RefusalKind.FULL  # it would hold 40 beside 30
+    assert scheduler.waiting == 70
+
+
+def test_the_quota_of_a_tenant_holds_for_the_rows_of_a_request_together():
+    scheduler = Scheduler(QueueLimits(max_waiting=100, tenant_max_waiting=20), engines=(0,))
+    assert request(scheduler, 0, 15, tenant="a", flow=1) == 15
+    assert request(scheduler, 100, 6, tenant="a", flow=2).kind is RefusalKind.QUOTA
+    assert scheduler.reserve(0, 100, 5, tenant="a", flow=2) == 5
+    assert scheduler.submit(0, 300, "L", tenant="a", flow=3).kind is RefusalKind.QUOTA
+    assert scheduler.submit(0, 100, "L", tenant="a", flow=2, is_reserved=True) is None
 
 
 def test_a_tenant_gains_no_room_by_more_connections():
     scheduler = Scheduler(QueueLimits(max_waiting=8), engines=(0,))
     for request_id in range(8):
-        scheduler.submit(0, request_id, "L", tenant="many", caller=request_id)
+        scheduler.submit(0, request_id, "L", tenant="many", flow=request_id)
     for request_id in range(100, 104):
-        assert scheduler.submit(0, request_id, "L", tenant="one", caller=0) is None
-    assert scheduler.submit(0, 104, "L", tenant="one", caller=0).kind is RefusalKind.FULL
+        assert scheduler.submit(0, request_id, "L", tenant="one", flow=0) is None
+    assert scheduler.submit(0, 104, "L", tenant="one", flow=0).kind is RefusalKind.FULL
     assert len(displaced_ids(scheduler)) == 4
 
 
@@ -75,26 +153,26 @@ def displaced_ids(scheduler):
 def test_a_full_queue_gives_up_the_lowest_priority_first_and_never_a_higher_one():
     scheduler = Scheduler(QueueLimits(max_waiting=4), engines=(0,))
     for request_id, priority in enumerate((1, 2, 2, 0)):
-        scheduler.submit(0, request_id, "L", caller=request_id, priority=priority)
-    assert scheduler.submit(0, 10, "L", caller="x", priority=2).kind is RefusalKind.FULL
+        scheduler.submit(0, request_id, "L", flow=request_id, priority=priority)
+    assert scheduler.submit(0, 10, "L", flow="x", priority=2).kind is RefusalKind.FULL
     for request_id in (11, 12, 13):
-        assert scheduler.submit(0, request_id, "L", caller="x", priority=0) is None
+        assert scheduler.submit(0, request_id, "L", flow="x", priority=0) is None
     assert displaced_ids(scheduler) == [1, 2, 0]
-    assert scheduler.submit(0, 14, "L", caller="y", priority=1).kind is RefusalKind.FULL
-    assert scheduler.submit(0, 15, "L", caller="y", priority=0) is None  # x holds three of four
+    assert scheduler.submit(0, 14, "L", flow="y", priority=1).kind is RefusalKind.FULL
+    assert scheduler.submit(0, 15, "L", flow="y", priority=0) is None  # x holds three of four
     assert displaced_ids(scheduler) == [13]
 
 
 def test_a_queue_full_of_bytes_gives_up_what_frees_enough_and_no_more_than_a_bounded_number():
     scheduler = Scheduler(QueueLimits(max_waiting_bytes=1000), engines=(0,))
     for request_id in range(100):
-        scheduler.submit(0, request_id, "L", size_bytes=10, caller="bulk")
-    assert scheduler.submit(0, 200, "L", size_bytes=35, caller="x") is None
+        scheduler.submit(0, request_id, "L", size_bytes=10, flow="bulk")
+    assert scheduler.submit(0, 200, "L", size_bytes=35, flow="x") is None
     assert displaced_ids(scheduler) == [99, 98, 97, 96]
     assert scheduler.waiting_bytes == 995
-    assert scheduler.submit(0, 201, "L", size_bytes=500, caller="y").kind is RefusalKind.FULL
-    assert scheduler.submit(0, 202, "L", size_bytes=170, caller="y").kind is RefusalKind.FULL  # 17 requests
-    assert scheduler.submit(0, 203, "L", size_bytes=160, caller="y") is None
+    assert scheduler.submit(0, 201, "L", size_bytes=500, flow="y").kind is RefusalKind.FULL
+    assert scheduler.submit(0, 202, "L", size_bytes=170, flow="y").kind is RefusalKind.FULL  # 17 requests
+    assert scheduler.submit(0, 203, "L", size_bytes=160, flow="y") is None
     assert len(displaced_ids(scheduler)) == 16
 
 
@@ -106,8 +184,8 @@ def test_a_request_that_is_refused_for_another_reason_displaces_nobody(how):
     scheduler.poll(0)
     for request_id in range(1, 9):
         tenant = ("a", "b", "c", "greedy")[(request_id - 1) // 2]
-        assert scheduler.submit(0, request_id, "L", tenant=tenant, priority=2, caller=tenant) is None
-    refused = scheduler.submit(0, 100, "L", caller="x", priority=0, **{"tenant": "new", **how})
+        assert scheduler.submit(0, request_id, "L", tenant=tenant, priority=2, flow=tenant) is None
+    refused = scheduler.submit(0, 100, "L", flow="x", priority=0, **{"tenant": "new", **how})
     assert refused.kind is (RefusalKind.LATE if "deadline_ns" in how else RefusalKind.QUOTA)
     assert scheduler.waiting == 8
     assert scheduler.poll(0) == []
@@ -120,7 +198,7 @@ def test_a_request_that_displaced_nobody_leaves_the_order_as_it_was():
     def order(newcomer):
         scheduler = full(8, deadline_ns=90 * MS)
         if newcomer:
-            assert scheduler.submit(0, 100, "L", caller="x", deadline_ns=MS // 2).kind is RefusalKind.LATE
+            assert scheduler.submit(0, 100, "L", flow="x", deadline_ns=MS // 2).kind is RefusalKind.LATE
         scheduler.batch_done(MS, 0, MS)
         return scheduler.poll(MS)
 
@@ -130,47 +208,43 @@ def test_a_request_that_displaced_nobody_leaves_the_order_as_it_was():
 def test_a_member_between_two_steps_is_never_displaced():
     scheduler = Scheduler(QueueLimits(max_batch=2, max_waiting=2))
     for request_id in (1, 2):
-        scheduler.submit(0, request_id, "L", caller="stream", priority=2)
+        scheduler.submit(0, request_id, "L", flow="stream", priority=2)
     (step,) = scheduler.poll(0)
     scheduler.engine_down(0)
     scheduler.batch_done(1, step.batch_id, 1, staying={1: "L", 2: "L"})
-    assert scheduler.submit(1, 3, "L", caller="x", priority=0).kind is RefusalKind.FULL
+    assert scheduler.submit(1, 3, "L", flow="x", priority=0).kind is RefusalKind.FULL
     assert scheduler.poll(1) == []
 
 
 def test_a_displaced_request_that_is_cancelled_before_its_refusal_is_not_refused():
     scheduler = full()
-    scheduler.submit(0, 100, "L", caller="single")
+    scheduler.submit(0, 100, "L", flow="single")
     assert scheduler.cancel(8)
     assert not scheduler.cancel(8)
     assert displaced(scheduler) == []
 
 
-CALLERS = st.tuples(st.sampled_from("ab"), st.integers(0, 3))
+FLOWS = st.tuples(st.sampled_from("ab"), st.integers(0, 3))
 
 
-@given(
-    st.lists(
-        st.tuples(CALLERS, st.integers(0, 2), st.integers(1, 8), st.integers(1, 40)), min_size=1, max_size=60
-    )
-)
-def test_nobody_is_displaced_by_a_lower_priority_or_by_a_greedier_caller(requests):
+@given(st.lists(st.tuples(FLOWS, st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=60))
+def test_no_request_is_displaced_by_a_lower_priority_or_by_a_greedier_flow(requests):
     scheduler = Scheduler(QueueLimits(max_waiting=8, max_waiting_bytes=150), engines=(0,))
     waiting = {}
-    for request_id, ((tenant, caller), priority, rows, size) in enumerate(requests):
+    for request_id, ((tenant, flow), priority, size) in enumerate(requests):
         before = dict(waiting)
         refused = scheduler.submit(
-            0, request_id, "L", tenant=tenant, caller=caller, priority=priority, rows=rows, size_bytes=size
+            0, request_id, "L", tenant=tenant, flow=flow, priority=priority, size_bytes=size
         )
         left = displaced_ids(scheduler)
         if refused is not None:
             assert (refused.id, left) == (request_id, [])
             continue
-        waiting[request_id] = (tenant, caller, priority, size)
+        waiting[request_id] = (tenant, flow, priority, size)
         for gone in left:
             del waiting[gone]
             assert before[gone][2] >= priority
-        assert len({before[gone][:3] for gone in left}) <= 1, "one caller yields at a time"
+        assert len({before[gone][:3] for gone in left}) <= 1, "one flow yields at a time"
         same = [gone for gone in left if before[gone][2] == priority]
         if same:
             by_tenant = before[same[0]][0] != tenant
@@ -181,8 +255,8 @@ def test_nobody_is_displaced_by_a_lower_priority_or_by_a_greedier_caller(request
                 if its_priority == priority:
                     amounts[tuple(of[: 1 if by_tenant else 2])] += its_size if by_bytes else 1
             theirs = before[same[0]][: 1 if by_tenant else 2]
-            own = (tenant, caller)[: 1 if by_tenant else 2]
-            assert amounts[theirs] >= amounts[own], "a caller that yields holds no less than the new one"
+            own = (tenant, flow)[: 1 if by_tenant else 2]
+            assert amounts[theirs] >= amounts[own], "a flow that yields holds no less than the new one"
         assert len(waiting) <= 8
         assert sum(size for *_, size in waiting.values()) <= 150
     assert scheduler.waiting == len(waiting)
@@ -201,7 +275,7 @@ def engine_time(scheduler, callers, batches=400):
             while waiting[tenant, caller] < 8:
                 request_id = next(numbers)
                 owner[request_id] = (tenant, caller)
-                assert scheduler.submit(now * MS, request_id, "L", tenant=tenant, caller=caller) is None
+                assert scheduler.submit(now * MS, request_id, "L", tenant=tenant, flow=caller) is None
                 waiting[tenant, caller] += 1
         (batch,) = scheduler.poll(now * MS)
         for request_id in batch.ids:
@@ -223,11 +297,11 @@ def test_a_tenant_gains_no_engine_time_by_more_connections(connections):
 
 def test_a_single_request_is_in_the_next_batch_beside_a_bulk_of_the_same_tenant():
     scheduler = Scheduler(QueueLimits(max_batch=8))
-    scheduler.submit(0, 0, "L", tenant="local", caller=1)
+    scheduler.submit(0, 0, "L", tenant="local", flow=1)
     scheduler.poll(0)
     for request_id in range(1, 500):
-        scheduler.submit(0, request_id, "L", tenant="local", caller=1, rows=499)
-    scheduler.submit(0, 999, "L", tenant="local", caller=2)
+        scheduler.submit(0, request_id, "L", tenant="local", flow=1)
+    scheduler.submit(0, 999, "L", tenant="local", flow=2)
     scheduler.batch_done(1, 0, 1)
     (batch,) = scheduler.poll(1)
     assert 999 in batch.ids
@@ -242,7 +316,7 @@ def test_callers_of_a_tenant_get_equal_engine_time_in_lanes_of_different_cost():
         for caller in "xy":
             if scheduler._classes[1].flow("local", caller) is None:
                 for _ in range(4):
-                    scheduler.submit(now, next(numbers), caller, tenant="local", caller=caller)
+                    scheduler.submit(now, next(numbers), caller, tenant="local", flow=caller)
         (batch,) = scheduler.poll(now)
         now += costs[batch.lane]
         used[batch.lane] += costs[batch.lane]
@@ -252,17 +326,17 @@ def test_callers_of_a_tenant_get_equal_engine_time_in_lanes_of_different_cost():
 
 def test_the_quota_of_a_tenant_counts_all_its_callers():
     scheduler = Scheduler(QueueLimits(tenant_max_waiting=3), engines=(0,))
-    kinds = [scheduler.submit(0, i, "L", tenant="a", caller=i, priority=i % 3) for i in range(4)]
+    kinds = [scheduler.submit(0, i, "L", tenant="a", flow=i, priority=i % 3) for i in range(4)]
     assert [refusal and refusal.kind for refusal in kinds] == [None, None, None, RefusalKind.QUOTA]
-    assert scheduler.submit(0, 10, "L", tenant="b", caller=0) is None
+    assert scheduler.submit(0, 10, "L", tenant="b", flow=0) is None
     assert scheduler.cancel(1)
-    assert scheduler.submit(0, 11, "L", tenant="a", caller=9) is None
+    assert scheduler.submit(0, 11, "L", tenant="a", flow=9) is None
 
 
 def test_callers_that_come_and_go_keep_no_memory():
     scheduler = Scheduler(QueueLimits(max_batch=8))
     for request_id in range(5000):
-        scheduler.submit(request_id * MS, request_id, "L", tenant="local", caller=request_id)
+        scheduler.submit(request_id * MS, request_id, "L", tenant="local", flow=request_id)
         (batch,) = scheduler.poll(request_id * MS)
         scheduler.batch_done(request_id * MS + 1, batch.batch_id, 1)
     classes = scheduler._classes
@@ -282,13 +356,13 @@ def test_flows_that_left_are_forgotten_in_the_order_in_which_they_left():
 def test_a_deadline_is_judged_by_the_turns_of_tenants_and_their_callers():
     """One caller of one tenant beside 30 connections of another: every second row is its own."""
     scheduler = Scheduler(QueueLimits(max_batch=1), latency_profile=((1, MS),))
-    scheduler.submit(0, 0, "L", tenant="one", caller=0)
+    scheduler.submit(0, 0, "L", tenant="one", flow=0)
     scheduler.poll(0)
     for request_id in range(1, 301):
-        scheduler.submit(0, request_id, "L", tenant="many", caller=request_id % 30)
+        scheduler.submit(0, request_id, "L", tenant="many", flow=request_id % 30)
     for request_id in range(400, 406):
-        assert scheduler.submit(0, request_id, "L", tenant="one", caller=0, deadline_ns=14 * MS) is None
-    assert scheduler.submit(0, 406, "L", tenant="one", caller=0, deadline_ns=14 * MS).kind is RefusalKind.LATE
+        assert scheduler.submit(0, request_id, "L", tenant="one", flow=0, deadline_ns=14 * MS) is None
+    assert scheduler.submit(0, 406, "L", tenant="one", flow=0, deadline_ns=14 * MS).kind is RefusalKind.LATE
     now, ended = MS, {}
     scheduler.batch_done(now, 0, MS)
     while len(ended) < 6:
@@ -353,7 +427,7 @@ def test_a_quiet_tenant_waits_for_what_runs_and_for_its_own_batch_beside_any_flo
     def refill(now):
         while scheduler.waiting < flood * most:
             i = next(numbers)
-            scheduler.submit(now, i, "L", tenant=f"flood {i % floods}", caller=i % 7, rows=flood)
+            scheduler.submit(now, i, "L", tenant=f"flood {i % floods}", flow=i % 7)
 
     now = 0
     for _ in range(50):  # until the flood's virtual time is far ahead

@@ -27,8 +27,8 @@ POLICIES = (
 class Member:
     """What this file knows of a request."""
 
-    def __init__(self, lane, tenant, caller, priority, size, deadline):
-        self.lane, self.tenant, self.caller, self.priority = lane, tenant, caller, priority
+    def __init__(self, lane, tenant, flow, priority, size, deadline):
+        self.lane, self.tenant, self.flow, self.priority = lane, tenant, flow, priority
         self.size, self.deadline = size, deadline
         self.is_staying = False
 
@@ -52,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now, self.next_id = 10**10, 0
         self.waiting, self.running, self.paused = {}, {}, {}
         self.admitted, self.abandoned, self.exits = set(), set(), {}
+        self.reserved = []  # the tenant of each row that room is kept for
         self.newcomer = None  # what was admitted to a full queue, until its victims are reported
 
     def both(self, call):
@@ -64,8 +65,34 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do(self, seed, length):
         chance = random.Random(seed)
         for _ in range(length):
-            steps = (self.submit, self.cancel, self.poll, self.end, self.urge, self.resume, self.freeze)
-            chance.choices(steps, (10, 2, 6, 6, 2, 1, 0.5))[0](chance)
+            steps = (
+                self.submit, self.reserve, self.cancel, self.poll, self.end, self.urge, self.resume, self.freeze
+            )  # fmt: skip
+            chance.choices(steps, (10, 1, 2, 6, 6, 2, 1, 0.5))[0](chance)
+
+    def reserve(self, chance):
+        """Keep room for a request of some rows, or give it back."""
+        tenant, priority, rows = chance.choice("xyz"), chance.randrange(PRIORITIES), chance.randint(2, 5)
+        if self.reserved and chance.random() < 0.3:
+            tenant = chance.choice(self.reserved)
+            self.reserved.remove(tenant)
+            self.both(lambda s: s.release(1, tenant))
+            return
+        kept = self.both(
+            lambda s: s.reserve(self.now, self.next_id, rows, tenant=tenant, flow=1, priority=priority)
+        )
+        self.newcomer = Member("", tenant, 1, priority, 0, None)
+        if isinstance(kept, Refuse):
+            assert kept.kind in {RefusalKind.FULL, RefusalKind.QUOTA}
+            self.newcomer = None
+        else:
+            assert kept == rows
+            self.reserved += [tenant] * rows
+            if self.twins[0].waiting == len(self.waiting):
+                self.newcomer = None  # nobody was displaced for it
+        self.poll(chance)
+        staying = sum(m.is_staying for m in self.waiting.values())
+        assert len(self.waiting) + len(self.reserved) <= MAX_WAITING + staying, "the queue is bounded"
 
     def submit(self, chance):
         request_id, self.next_id = self.next_id, self.next_id + 1
@@ -78,22 +105,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             chance.randint(0, 30),
             deadline,
         )
-        rows = chance.choice((1, 1, 4))
+        is_reserved = bool(self.reserved) and chance.random() < 0.5
+        if is_reserved:
+            who.tenant = self.reserved.pop(chance.randrange(len(self.reserved)))
         answer = self.both(
             lambda s: s.submit(
                 self.now, request_id, who.lane, size_bytes=who.size, deadline_ns=who.deadline, tenant=who.tenant,
-                caller=who.caller, priority=who.priority, rows=rows,
+                flow=who.flow, priority=who.priority, is_reserved=is_reserved,
             )
         )  # fmt: skip
         is_full = (
-            len(self.waiting) >= MAX_WAITING
+            len(self.waiting) + len(self.reserved) >= MAX_WAITING
             or sum(m.size for m in self.waiting.values()) + who.size > MAX_BYTES
         )
         if deadline is not None and deadline <= self.now:
             assert answer.kind is RefusalKind.LATE
         elif is_full and answer is not None and answer.kind is RefusalKind.FULL:
-            assert not self.is_greediest_elsewhere(who, rows), "a full queue is shared out"
-        elif sum(m.tenant == who.tenant for m in self.waiting.values()) >= 6:
+            assert not self.is_greediest_elsewhere(who), "a full queue is shared out"
+        elif (
+            sum(m.tenant == who.tenant for m in self.waiting.values()) + self.reserved.count(who.tenant) >= 6
+        ):
             assert answer.kind is RefusalKind.QUOTA, "and each tenant's part of it"
         elif answer is not None:
             assert answer.kind is RefusalKind.LATE
@@ -113,16 +144,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.poll(chance)
             assert self.newcomer is None, "the displaced are refused by the next poll"
 
-    def is_greediest_elsewhere(self, who, rows):
+    def is_greediest_elsewhere(self, who):
         """Whether one row of a lower priority, or of a tenant that holds far more, could have made room."""
-        if len(self.waiting) < MAX_WAITING or self.twins[0].waiting_bytes + who.size > MAX_BYTES:
+        if (
+            len(self.waiting) + len(self.reserved) != MAX_WAITING
+            or self.twins[0].waiting_bytes + who.size > MAX_BYTES
+        ):
             return False  # it needs bytes, perhaps of several
         tenants = Counter(m.tenant for m in self.waiting.values() if m.priority == who.priority)
         lower = [m for m in self.waiting.values() if m.priority > who.priority]
         own = tenants.pop(who.tenant, 0)
         if any(m.is_staying for m in self.waiting.values()):
             return False  # the greediest may be a sequence, which yields to nobody
-        return bool(lower) or max(tenants.values(), default=0) > max(own + 1, rows)
+        return bool(lower) or max(tenants.values(), default=0) > own + 1
 
     def urge(self, chance):
         """Raise the priority of a request."""
