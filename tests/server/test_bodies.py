@@ -208,7 +208,11 @@ def test_long_answers_are_encoded_in_steps_and_read_back_alike():
         (zlib.compress(b"{}")[2:], "deflate", InvalidRequest),
         (b"{}", "br", InvalidRequest),
         (b"{}", "gzip, gzip", InvalidRequest),
-        (gzip.compress(bytes(BODY_BYTES + 1)), "gzip", TooLarge),  # for what it inflates to, not for what is in it
+        (
+            gzip.compress(bytes(BODY_BYTES + 1)),
+            "gzip",
+            TooLarge,
+        ),  # for what it inflates to, not for what is in it
         (gzip.compress(bytes(BODY_BYTES)), "gzip", Refused),
     ],
 )
