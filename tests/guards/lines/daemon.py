@@ -200,9 +200,9 @@ GUARDS = [
     ),
     (
         "the server listens in no folder of another user",
-        "edge_runtime/server/listener.py",
-        "            check_owner(path.parent)",
-        "            pass",
+        "edge_runtime/server/sockets.py",
+        "        check_owner(path.parent)",
+        "        pass",
         CLIENT_TESTS,
     ),
     (
@@ -271,7 +271,7 @@ GUARDS = [
     (
         "a daemon removes only the socket that it made",
         "edge_runtime/server/listener.py",
-        "if os.path.samestat(path.lstat(), made):",
+        "if inode_of(path) == inode:",
         "if True:",
         ("tests/test_daemon.py::test_a_daemon_removes_its_own_socket_and_leaves_that_of_another",),
     ),

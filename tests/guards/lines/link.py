@@ -4,7 +4,6 @@ CONNECTION, PAHO = "edge_runtime/mqtt/connection.py", "edge_runtime/mqtt/paho_ad
 ENVELOPE, UPLINK = "edge_runtime/mqtt/envelope.py", "edge_runtime/uplink/uplink.py"
 WORKER, DUPLICATES = "cloud_fallback/worker.py", "cloud_fallback/duplicates.py"
 CHECK = "cloud_fallback/delivery_check.py"
-REQUEST_ROWS = "edge_runtime/serving/request_rows.py"
 BREAKER, HEALTH, OUTSTANDING, ROUNDTRIP, RESEND = (
     f"edge_runtime/core/escalation/{name}.py"
     for name in ("breaker", "health", "outstanding", "roundtrip", "resend")
@@ -306,7 +305,7 @@ GUARDS = [
     ),
     (
         "an answer that anybody could have sent is not kept",
-        REQUEST_ROWS,
+        "edge_runtime/serving/row_paths.py",
         "            is_final = False\n",
         "            pass\n",
         ("tests/serving/test_request_rows.py",),

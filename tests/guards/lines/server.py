@@ -18,7 +18,6 @@ SOCKETS = "edge_runtime/server/sockets.py"
 ANSWERS = "edge_runtime/server/answers.py"
 TENSORS = "edge_runtime/core/protocol/tensor_data.py"
 CHECKS = "edge_runtime/core/protocol/oip_checks.py"
-CLOUD = "edge_runtime/uplink/interruptible.py"
 MACHINE_TESTS = ("tests/server/test_http11.py",)
 SHELL_TESTS = ("tests/server/test_shell.py",)
 DRAIN_TESTS = ("tests/server/test_drain.py",)
@@ -269,7 +268,6 @@ DRAIN_LINES = [
         "            connection.give_up()\n",
         "            pass\n",
     ),
-    ("the cloud is not waited for in the end", LISTENER, "        self._application.hurry()\n", ""),
     (
         "a draining daemon is not ready",
         ROUTES,
@@ -380,13 +378,6 @@ OTHER_LINES = [
         "    if len(raw) > LIMITS.header_bytes:  # before",
         "    if False:  # before",
         CODEC_TESTS,
-    ),
-    (
-        "a time-out of the cloud is not taken for the drain",
-        CLOUD,
-        "            if not patience.expired():\n",
-        "            if False:\n",
-        ("tests/uplink/test_interruptible.py",),
     ),
 ]
 GUARDS = [
