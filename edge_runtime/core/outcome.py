@@ -1,9 +1,8 @@
 """The outcome of one row: the answer, its origin, the reason for that origin, and the time spent."""
 
-from dataclasses import replace
-
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from edge_runtime.core.messages import DEGRADED_REASONS, Answer, Array, Origin, Reason
 
