@@ -1,6 +1,6 @@
 """Each invariant has a line that guards it: without the line, a test must fail.
 
-`make guards` tries every line of `lines/`; here every fifth is tried, always the same ones. How a line is tried stands in
+`make guards` tries every line of `lines/`; here every sixteenth is tried, always the same ones. How a line is tried stands in
 `runner.py`.
 """
 

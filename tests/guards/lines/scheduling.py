@@ -19,10 +19,10 @@ LINES = [
         "",
     ),
     ("each leaves once", BATCHING, "        entry.queue.remove(entry)\n", "        pass\n"),
-    ("the queue is bounded", BATCHING, "len(waiting) >= limits.max_waiting", "False"),
+    ("the queue is bounded", BATCHING, "len(waiting) + self._reserved >= limits.max_waiting", "False"),
     ("and in bytes", BATCHING, "self._waiting_bytes + size_bytes > limits.max_waiting_bytes", "False"),
     ("bytes leave with their request", BATCHING, "        self._waiting_bytes -= freed_bytes\n", ""),
-    ("a tenant has its part", BATCHING, ">= most:", ">= 10**9:"),
+    ("a tenant has its part", BATCHING, "min(rows, most) > most:", "min(rows, most) > 10**9:"),
     ("a quota of time holds", QUOTAS, "if ahead_ns > 0 else 0", "if False else 0"),
     ("the late are refused on arrival", BATCHING, "if finish_ns <= deadline_ns:", "if True:"),
     (

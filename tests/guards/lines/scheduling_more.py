@@ -92,14 +92,14 @@ FULL = [
     (
         "only a greedier caller yields",
         DISPLACEMENT,
-        "chosen if theirs - freed >= max(own + each, new.rows * each) else []",
+        "chosen if theirs - freed >= times * (own + more) else []",
         "chosen",
     ),
     (
         "two equal requests do not displace each other",
         DISPLACEMENT,
-        "max(own + each, new.rows * each)",
-        "own + each",
+        "times * (own + more)",
+        "own",
     ),
     (
         "the greediest yields",
@@ -123,7 +123,7 @@ FULL = [
     (
         "few are displaced for one",
         DISPLACEMENT,
-        "        if len(chosen) == _MOST_DISPLACED:\n            break\n",
+        "        if len(chosen) == most:\n            break\n",
         "",
     ),
     (
@@ -134,19 +134,60 @@ FULL = [
     ),
     ("the newest yield", QUEUEING, "reversed(queue.entries)", "queue.entries"),
 ]
-CALLERS = [
+WHOLE = [
+    (
+        "a request is admitted whole or not at all",
+        SCHEDULER,
+        "        if excess > 0:\n",
+        "        if False:\n",
+    ),
+    ("room that is kept counts", SCHEDULER, "        self._reserved += rows\n", ""),
+    (
+        "room that is kept is used up",
+        SCHEDULER,
+        "        self._reserved -= rows\n",
+        "",
+    ),
+    (
+        "a reserved row outlives a drain",
+        SCHEDULER,
+        "        elif self._is_draining:\n",
+        "        if self._is_draining:\n",
+    ),
+    ("single rows have room", SCHEDULER, "(most - most // _PART_OF_SINGLES if taken else most)", "most"),
+    (
+        "an empty queue is for one request",
+        SCHEDULER,
+        "(most - most // _PART_OF_SINGLES if taken else most)",
+        "(most - most // _PART_OF_SINGLES)",
+    ),
+    (
+        "a whole request displaces only what holds twice as much",
+        DISPLACEMENT,
+        "_TIMES_GREEDIER = 2",
+        "_TIMES_GREEDIER = 1",
+    ),
+    ("a quota counts room that is kept", SCHEDULER, " + self._reserved_by.get(tenant, 0)", ""),
+    (
+        "a tenant without room kept is forgotten",
+        SCHEDULER,
+        "            del self._reserved_by[tenant]\n",
+        "            pass\n",
+    ),
+]
+FLOWS = [
     ("a quota counts all callers", QUEUEING, "sum([flow.waiting for flow in named])", "0"),
     (
         "a tenant gains no time by connections",
         QUEUEING,
-        "        if flow.caller is not None:\n            self._attach_named(flow)\n        elif ",
-        "        flow.tenant, flow.caller = f'{flow.tenant} {flow.caller}', None\n        if ",
+        "        if flow.name is not None:\n            self._attach_named(flow)\n        elif ",
+        "        flow.tenant, flow.name = f'{flow.tenant} {flow.name}', None\n        if ",
     ),
     (
         "a tenant is charged for its callers",
         QUEUEING,
-        "        present.virtual_ns += ns\n        caller =",
-        "        caller =",
+        "        present.virtual_ns += ns\n        named =",
+        "        named =",
     ),
     (
         "callers of a tenant take turns",
@@ -167,7 +208,7 @@ CALLERS = [
         "            if len(absent) > _REMEMBERED:\n",
         "            if False:\n",
     ),
-    ("a forecast knows the callers of a tenant", QUEUEING, "* callers + callers - 1", "+ 10 * callers"),
+    ("a forecast knows the callers of a tenant", QUEUEING, "* flows + flows - 1", "+ 10 * flows"),
 ]
 URGENCY = [
     (
@@ -226,7 +267,55 @@ TIME_LOST = [
     ),
 ]
 
+RUNNER = "edge_runtime/serving/model_runner.py"
+RUNNER_TESTS = ("tests/serving/test_whole_requests.py",)
+DRIVER = [
+    (
+        "rows are refused before they are prepared",
+        RUNNER,
+        "if len(rows) > 1 and (refused := self._reserve(request)):",
+        "if False:",
+    ),
+    (
+        "room is given back",
+        RUNNER,
+        "                self._scheduler.release(request.reserved, request.tenant)\n",
+        "                pass\n",
+    ),
+    (
+        "every refused row is counted",
+        RUNNER,
+        ".get(refused.kind.value, 0) + rows",
+        ".get(refused.kind.value, 0) + 1",
+    ),
+    (
+        "a drain waits for a request in the middle",
+        RUNNER,
+        "if not self._members and not self._submitting:",
+        "if not self._members:",
+    ),
+    (
+        "displaced rows are refused at once",
+        RUNNER,
+        "        self._flush_soon()  # others may have been displaced\n",
+        "",
+    ),
+    (
+        "flows reach the queue",
+        RUNNER,
+        "flow=request.flow, priority=request.priority, is_reserved",
+        "priority=request.priority, is_reserved",
+    ),
+    (
+        "a closed runner admits no reserved row",
+        RUNNER,
+        "        if self._is_closed:  # in the middle",
+        "        if False:  # in the middle",
+    ),
+]
+
 GUARDS = [
+    *((*line, RUNNER_TESTS) for line in DRIVER),
     *((*line, TABLES) for line in SEQUENCES),
-    *((*line, FAIRNESS) for line in (*FULL, *CALLERS, *URGENCY, *TIME_LOST)),
+    *((*line, FAIRNESS) for line in (*FULL, *WHOLE, *FLOWS, *URGENCY, *TIME_LOST)),
 ]
