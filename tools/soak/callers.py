@@ -55,6 +55,7 @@ class Callers:
         self.held_back = 0
         self.single_s: list[float] = []
         self.health_s: list[float] = []
+        self.lag_s: list[float] = []
         self.is_frozen = False
         self.stops_at: float | None = None
         self._calls: dict[str, Callable[[], Awaitable[None]]] = {
@@ -107,6 +108,12 @@ class Callers:
         """Wait until every caller has ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, and note how much later this program itself woke up: its latencies contain as much."""
+        due = asyncio.get_running_loop().time() + seconds
+        await asyncio.sleep(seconds)
+        self.lag_s.append(asyncio.get_running_loop().time() - due)
 
     async def health(self) -> None:
         """One probe of liveness, on a connection of its own."""

@@ -59,7 +59,7 @@ async def soak(folder: Path, seconds: float, seed: int, say: Callable[[str], Non
         for line in part.alarms():
             report.account.breach("no log tells of a defect", f"{part.name}: {line}")
     report.held_back = callers.held_back
-    report.single_s, report.health_s = callers.single_s, callers.health_s
+    report.single_s, report.health_s, report.lag_s = callers.single_s, callers.health_s, callers.lag_s
     report.conclude()
     return report
 
@@ -70,20 +70,22 @@ async def _system(folder: Path, say: Callable[[str], None]) -> AsyncIterator[tup
     port = free_port()
     programs: list[system.Program] = []
     edge_link, worker_link = Link(port), Link(port)
-    with system.none_left(programs):
-        say("starting broker, worker and daemon")
-        programs.append(broker := system.broker(folder, port))
-        await broker.line("running")
-        programs.append(worker := system.worker(folder, await worker_link.open()))
-        programs.append(alone := system.daemon(folder, "cloud-alone", model=str(system.CLOUD_MODEL)))
-        programs.append(daemon := system.daemon(folder, "daemon", broker_port=await edge_link.open()))
-        for program in (worker, alone, daemon):
-            await program.line("ready:")
-        await _until_cloud(folder / "daemon.sock")
-        known = await known_texts(folder / "daemon.sock", folder / "cloud-alone.sock")
-        alone.send(SIGTERM)
-        await alone.ended()
-        yield {"broker": broker, "worker": worker, "daemon": daemon}, (edge_link, worker_link), known
+    try:
+        with system.none_left(programs):
+            say("starting broker, worker and daemon")
+            programs.append(broker := system.broker(folder, port))
+            await broker.line("running")
+            programs.append(worker := system.worker(folder, await worker_link.open()))
+            programs.append(alone := system.daemon(folder, "cloud-alone", model=str(system.CLOUD_MODEL)))
+            programs.append(daemon := system.daemon(folder, "daemon", broker_port=await edge_link.open()))
+            for program in (worker, alone, daemon):
+                await program.line("ready:")
+            await _until_cloud(folder / "daemon.sock")
+            known = await known_texts(folder / "daemon.sock", folder / "cloud-alone.sock")
+            alone.send(SIGTERM)
+            await alone.ended()
+            yield {"broker": broker, "worker": worker, "daemon": daemon}, (edge_link, worker_link), known
+    finally:
         await edge_link.close()
         await worker_link.close()
 
@@ -111,25 +113,24 @@ async def _measure(callers: Callers, report: Report) -> float:
 async def _probe(callers: Callers) -> None:
     while True:
         await callers.health()
-        await asyncio.sleep(PROBE_S)
+        await callers.pause(PROBE_S)
 
 
 async def _cycle(cycle: int, callers: Callers, faults: Faults, per_s: float, report: Report) -> None:
     """Some seconds of overload with faults one after the other."""
     chance = random.Random(f"{report.seed} {cycle}")
     loop = asyncio.get_running_loop()
-    started, asked = loop.time(), report.account.rows_asked
+    started, asked, answered = loop.time(), report.account.rows_asked, report.account.rows_answered
     traffic = asyncio.create_task(callers.at_rate(per_s, CYCLE_S), name="traffic")
     for kind, seconds in planned(cycle, chance):
         await asyncio.sleep(0.5)
         await faults.run(kind, seconds)
         report.faults[kind] += 1
     await traffic
-    before = report.seconds
     report.seconds += loop.time() - started
-    offered = (report.account.rows_asked - asked) / report.capacity_rows_s
-    report.offered = (report.offered * before + offered) / report.seconds
     await callers.finish()
+    report.rows_asked += report.account.rows_asked - asked
+    report.rows_answered += report.account.rows_answered - answered
 
 
 async def _rest(

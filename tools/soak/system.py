@@ -32,7 +32,7 @@ class Program:
         self.log = folder / f"{name}.log"
         environment = os.environ | {
             "PYTHONPATH": str(HOME),
-            "XDG_STATE_HOME": str(folder / "state"),
+            "XDG_STATE_HOME": str(folder / f"state-{name}"),  # a model's versions are remembered by its name
             "XDG_RUNTIME_DIR": str(folder),
         }
         with self.log.open("wb") as out:
