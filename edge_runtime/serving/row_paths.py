@@ -252,6 +252,9 @@ class RowPaths:
                 if isinstance(result, Pending) and not race.flight.awaits_model:
                     judged = result  # the flight asks the cloud already
                 elif not isinstance(result, Refused):
+                    # From here on this request waits for nobody, and the leader may wait for it: said before the
+                    # `finally`, which gives others a turn.
+                    self._led[index].awaits_model = False
                     return result
             elif isinstance(waiter.result(), EngineFailed):
                 return await own

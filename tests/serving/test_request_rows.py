@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.core.errors import EngineFailed, InvalidRequest, RefusalKind, Refused
+from edge_runtime.core.protocol import oip
 from edge_runtime.core.scheduling.scheduler import QueueLimits
 from edge_runtime.engines.fake import FakeEngine
 from tests.serving.fakes import Disk, NamedCloud, labels, named, rows_of, run, service_of, turns, until
@@ -412,5 +413,54 @@ def test_an_answer_that_anybody_could_have_sent_is_not_kept(is_authenticated, as
         for _ in range(2):
             assert labels(await service.infer("named", None, rows_of(b"x@0.1"))) == [b"cloud x"]
         assert len(cloud.asked) == asked
+
+    run(scenario)
+
+
+def test_two_hundred_rows_that_differ_in_reason_are_told_within_what_a_reader_accepts():
+    async def scenario():
+        service = service_of(named(FakeEngine(max_batch=64)), NamedCloud())
+        texts = [b"row%d@%s" % (i, b"0.9" if i % 2 else b"0.1") for i in range(200)]
+        reply = await service.infer("named", None, rows_of(*texts))
+        assert reply.parameters["reason"] == "mixed"
+        assert reply.parameters["reason_counts"] == "unsure=100,confident=100"
+        assert reply.parameters["origin_counts"] == "cloud=100,local=100"
+        body, json_length = oip.encode_reply(reply)
+        assert oip.decode_reply(body, json_length).parameters == reply.parameters
+
+    run(scenario)
+
+
+def test_of_several_errors_in_one_turn_the_first_is_that_of_the_request():
+    async def scenario():
+        gate = threading.Event()
+        one = named(FakeEngine(max_batch=1, gate=gate), limits=QueueLimits(1, 1))
+        service = service_of(one)
+        busy = asyncio.create_task(service.infer("named", None, rows_of(b"busy@0.9")))
+        await until(lambda: one.runner.waiting == 0 and len(one.processor.prepared) == 1)
+        with pytest.raises(Refused):  # the second row has no room, the third cannot be prepared
+            await service.infer("named", None, rows_of(b"a@0.9", b"b@0.9", b"c@no number"))
+        with pytest.raises(EngineFailed):
+            await service.infer("named", None, rows_of(b"c@no number", b"a@0.9", b"b@0.9"))
+        gate.set()
+        await busy
+        await one.runner.close()
+
+    run(scenario)
+
+
+def test_equal_rows_of_a_request_need_no_task_each():
+    async def scenario():
+        gate = threading.Event()
+        one = named(FakeEngine(max_batch=64, gate=gate))
+        service = service_of(one)
+        before = len(asyncio.all_tasks())
+        asked = asyncio.create_task(service.infer("named", None, rows_of(*[b"same@0.9"] * 32)))
+        await until(lambda: one.runner.waiting == 0 and one.processor.prepared)
+        assert len(asyncio.all_tasks()) - before <= 2
+        gate.set()
+        assert labels(await asked) == [b"same"] * 32
+        assert (computed(one), service.counters.coalesced) == (1, 31)
+        await one.runner.close()
 
     run(scenario)

@@ -122,3 +122,18 @@ def test_a_flight_that_ends_late_leaves_the_next_one_of_its_key_alone(how):
         assert not waiter.done()
 
     run(scenario)
+
+
+def test_each_follower_has_an_error_of_its_own_without_the_frames_of_the_leader():
+    async def scenario():
+        flights = SingleFlight()
+        flight = flights.lead(b"k", 0, 1, 100)
+        waiters = [flight.join() for _ in range(2)]
+        with pytest.raises(EngineFailed) as raised:
+            raise EngineFailed("broken")
+        flights.fail(flight, raised.value)
+        first, second = await asyncio.gather(*waiters)
+        assert len({id(error) for error in (first, second, raised.value)}) == 3
+        assert (first.__traceback__, str(first), str(second)) == (None, "broken", "broken")
+
+    run(scenario)

@@ -302,18 +302,67 @@ def test_a_more_urgent_follower_without_room_of_its_own_still_has_the_flight():
     run(scenario)
 
 
-def test_a_more_urgent_follower_asks_the_cloud_for_all_that_join_it():
+@pytest.mark.parametrize("holds", [False, True], ids=["the cloud is quick", "the cloud takes its time"])
+@pytest.mark.parametrize("first", ["leader", "urgent"])
+def test_a_leader_and_a_more_urgent_follower_ask_the_cloud_once_whoever_is_computed_first(first, holds):
     async def scenario():
         gate = threading.Event()
-        one, cloud = named(FakeEngine(max_batch=1, gate=gate)), NamedCloud()
-        service = service_of(one, cloud)
-        leader = ask(service, priority="low")
+        one, cloud = named(FakeEngine(max_batch=1, gate=gate), latency_profile=((1, SECOND),)), NamedCloud()
+        service = service_of(one, cloud, timeout_s=90)
+        if first == "urgent":  # the leader's row waits in the queue, and the urgent one before it
+            busy = ask(service, b"busy@0.9")
+            await until(lambda: one.runner.waiting == 0 and one.processor.prepared)
+        if holds:
+            cloud.gate.clear()
+        askers = [ask(service, priority="low")]
         await turns()
-        askers = [leader, ask(service, priority="high"), ask(service, priority="high")]
+        askers += [ask(service, priority="high"), ask(service, priority="high")]
         await turns()
         gate.set()
-        assert [why(await asker) for asker in askers] == [("cloud", "unsure")] * 3
+        if holds:
+            await until(lambda: one.runner.waiting == 0 and computed(one) == 2 + (first == "urgent"))
+            await turns(30)
+            cloud.gate.set()
+        assert [labels(await asker) for asker in askers] == [[b"cloud x"]] * 3
         assert (len(cloud.asked), len(service._flights)) == (1, 0)
+        if first == "urgent":
+            await busy
+        await one.runner.close()
+
+    run(scenario)
+
+
+def test_a_more_urgent_follower_asks_the_cloud_while_its_leader_waits_in_the_queue():
+    async def scenario():
+        leaders_turn, order = threading.Event(), []
+
+        def answer(row):
+            order.append(row)
+            if len(order) == 1:
+                assert gate.wait(15)
+            if len(order) == 3:  # busy, then the urgent one, then the leader
+                assert leaders_turn.wait(15)
+            return row
+
+        gate = threading.Event()
+        one, cloud = (
+            named(FakeEngine(answer, max_batch=1), is_inline=False, latency_profile=((1, SECOND),)),
+            NamedCloud(),
+        )
+        service = service_of(one, cloud, timeout_s=90)
+        busy = ask(service, b"busy@0.9")
+        await until(lambda: one.runner.waiting == 0 and one.processor.prepared)
+        leader = ask(service, priority="low")
+        await turns()
+        urgent = ask(service, priority="high")
+        await turns()
+        gate.set()
+        assert why(await urgent) == ("cloud", "unsure")
+        assert not leader.done()
+        leaders_turn.set()
+        assert labels(await leader) == [b"cloud x"]
+        assert len(cloud.asked) == 1, "what the cloud said meanwhile was kept"
+        await busy
         await one.runner.close()
 
     run(scenario)
