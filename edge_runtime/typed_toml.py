@@ -51,7 +51,7 @@ def load_toml(path: Path, kind: type[Typed], renamed: Renamed | None = None) -> 
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8.") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}.") from None
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
     if renamed is not None:
         _modernise(tree, renamed, str(path))
     return convert_tree(tree, kind, str(path))

@@ -55,6 +55,6 @@ class SuggestingGroup(click.Group):
             import difflib
 
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if not near:
+            if not near or "Did you mean" in error.format_message():  # click 8.5 suggests by itself
                 raise
             raise click.UsageError(f"{error.format_message()} Did you mean {near[0]!r}?", ctx) from None
