@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import shutil
@@ -145,6 +146,78 @@ def test_bad_input_gets_its_status_in_one_sentence_and_the_daemon_goes_on(tmp_pa
                 assert sentence
                 assert "Traceback" not in sentence
             assert (await exchange(port, post()))[0] == 200
+
+    run(scenario)
+
+
+def absolute(raw):
+    return raw.replace(b" /v2", b" http://localhost:8080/v2", 1)
+
+
+#: What the standards say is to be ignored, or read otherwise than by the letter.
+LIBERAL = [
+    post(headers="Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"),
+    absolute(post()),
+    post(headers="X-Caller: J\xfcrgen\r\nContent-Type: text/\xe9\r\n"),
+    post(headers="Content-Type: a\r\nContent-Type: b\r\nAccept-Encoding: br\r\nTE: trailers\r\n"),
+    post(headers="Content-Encoding: Identity\r\n"),
+    post(body=text(data=["a"], id=None, parameters=None, outputs=None)),
+    post(body=text(data=["a"], parameters={"timeout": 0})),
+    post(body=text(data=["a"], parameters={"timeout": None, "unknown": [1], "priority": None})),
+    post(body=text(data=["a"], outputs=[{"name": "intent", "parameters": None}])),
+    post(body=text(data=["a"], future={"a": 1})),
+    b"\r\n" + post(),
+]
+
+
+def test_what_the_standards_say_to_ignore_is_ignored(tmp_path):
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            for raw in LIBERAL:
+                status, closed, body = await exchange(port, raw)
+                assert (status, closed) == (200, False), (raw[:200], body)
+
+    run(scenario)
+
+
+def test_requests_leave_nothing_for_the_garbage_collector(tmp_path):
+    """The daemon runs it rarely, since requests leave no cycles behind: here is the test of that belief."""
+    number = iter(range(10**6))
+
+    def fresh(count=1, **more):
+        data = [f"what is the weather on day {next(number)}" for _ in range(count)]
+        return post(body=text(shape=[count], data=data, **more))
+
+    kinds = [
+        fresh,
+        lambda: fresh(64),
+        post,
+        lambda: fresh(parameters={"timeout": 1}),
+        lambda: post(body=text(data=["a" * 5000])),
+        lambda: post(body=b"{"),
+        lambda: post("/v2/models/nope/infer"),
+    ]
+
+    async def scenario():
+        async with served(tmp_path) as (_, _, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for kind in kinds:
+                found = []
+                for count in (5, 40):
+                    gc.collect()
+                    gc.disable()
+                    try:
+                        for _ in range(count):
+                            writer.write(kind())
+                            head = await reader.readuntil(b"\r\n\r\n")
+                            await reader.readexactly(
+                                int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
+                            )
+                    finally:
+                        gc.enable()
+                    found.append(gc.collect())
+                assert found[1] <= found[0] + 20, kind()  # it does not grow with the requests
+            writer.close()
 
     run(scenario)
 
