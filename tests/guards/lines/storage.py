@@ -51,6 +51,13 @@ GUARDS = [
         SIGNING_TESTS,
     ),
     (
+        "no relative state directory is used",
+        FILES,
+        "    if folder.is_absolute():",
+        "    if str(folder) != '.':",
+        FILES_TESTS,
+    ),
+    (
         "changes of two processes add up",
         RECORD,
         "with locked_folder(path.parent):",
