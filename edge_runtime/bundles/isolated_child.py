@@ -108,8 +108,8 @@ def program_of(module: str) -> str:
 def import_paths() -> list[str]:
     """Where a child finds packages after the standard library.
 
-    A relative path would be read from the child's folder, and the working directory belongs to whoever made it: both
-    are left out, unless this very package runs from there (a source checkout).
+    A relative path would be read from the child's folder, and the working directory may be a download: both are left
+    out, unless this very package runs from there (a source checkout).
     """
     try:
         here = os.path.realpath(Path.cwd())

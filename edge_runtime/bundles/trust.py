@@ -23,7 +23,7 @@ def read_trust(key_files: Sequence[str], *, allow_unsigned: bool) -> Trust:
     keys = []
     for name in key_files:
         try:
-            check_owner(Path(name))  # whoever can write a trusted key decides which bundles run
+            check_owner(Path(name))  # a user who can write a trusted key decides which bundles run
             with Path(name).open("rb") as file:
                 keys.append(file.read(_MAX_KEY_BYTES))
         except StorageError as error:

@@ -168,5 +168,6 @@ class TwoLevelCache:
     def _put_in_memory(
         self, asked_ns: int, key: bytes, digest: str, outcome: Outcome, age_ns: int = 0
     ) -> None:
-        kept = replace(outcome, answer=with_own_values(outcome.answer))
-        self.memory.put(asked_ns, key, kept, pinned_bytes(kept.answer), group=digest, age_ns=age_ns)
+        answer = with_own_values(outcome.answer)
+        kept = outcome if answer is outcome.answer else replace(outcome, answer=answer)
+        self.memory.put(asked_ns, key, kept, pinned_bytes(answer), group=digest, age_ns=age_ns)

@@ -53,8 +53,12 @@ def with_own_values(answer: Answer) -> Answer:
     Engines return rows that are views of their whole batch: one kept row would pin all of it. A copy is made even of
     an array that owns its bytes, since the caller of the request has that array and may write to it.
     """
-    if not any(isinstance(value, np.ndarray) for value in (*answer.values, *answer.extras)):
-        return answer
+    if not answer.extras:
+        for value in answer.values:
+            if isinstance(value, np.ndarray):
+                break
+        else:
+            return answer
     return replace(
         answer,
         values=tuple([_owned(value) if isinstance(value, np.ndarray) else value for value in answer.values]),
@@ -64,7 +68,15 @@ def with_own_values(answer: Answer) -> Answer:
 
 def pinned_bytes(answer: Answer) -> int:
     """Bytes that the values and extras of an answer keep in memory, with their objects; a view counts its base."""
-    return sum([_pinned_bytes(value) for value in (*answer.values, *answer.extras)])
+    total = 0
+    for value in (*answer.values, *answer.extras) if answer.extras else answer.values:
+        if isinstance(value, bytes):
+            total += _BYTES_OBJECT + len(value)
+        elif isinstance(value, np.ndarray):
+            total += _bytes_of_array(value)
+        else:
+            total += _SCALAR_OBJECT + value.nbytes
+    return total
 
 
 def _owned(array: Array) -> Array:
@@ -73,11 +85,7 @@ def _owned(array: Array) -> Array:
     return owned
 
 
-def _pinned_bytes(value: bytes | Array | np.generic) -> int:
-    if isinstance(value, bytes):
-        return _BYTES_OBJECT + len(value)
-    if not isinstance(value, np.ndarray):
-        return _SCALAR_OBJECT + value.nbytes
+def _bytes_of_array(value: Array) -> int:
     size = _ARRAY_OBJECT + 16 * value.ndim + value.nbytes
     base = value.base
     while isinstance(base, np.ndarray):

@@ -5,6 +5,13 @@ import sys
 import time
 from pathlib import Path
 
+#: The clock that goes on in suspend. On macOS that is CLOCK_MONOTONIC, which time.monotonic does not use there.
+_CLOCK: int | None = None
+if sys.platform == "linux":
+    _CLOCK = time.CLOCK_BOOTTIME
+elif sys.platform == "darwin":
+    _CLOCK = time.CLOCK_MONOTONIC
+
 
 def since_boot_ns() -> int:
     """Nanoseconds since the boot, suspended time included; only differences mean something.
@@ -12,13 +19,7 @@ def since_boot_ns() -> int:
     `time.monotonic` stands still in suspend on Linux and macOS: by that clock a kiosk that slept for eight hours would
     give out the answers of yesterday as fresh.
     """
-    if sys.platform == "linux":
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    if sys.platform == "darwin":
-        return time.clock_gettime_ns(
-            time.CLOCK_MONOTONIC
-        )  # on macOS this one counts on, unlike time.monotonic
-    return time.monotonic_ns()
+    return time.monotonic_ns() if _CLOCK is None else time.clock_gettime_ns(_CLOCK)
 
 
 def boot_id() -> str:

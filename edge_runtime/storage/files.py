@@ -1,4 +1,4 @@
-"""Small files of the state directory: where they are, how they are written, whose they must be."""
+"""Small files of the state directory: where they are, how they are written, who must own them."""
 
 import os
 import secrets
@@ -25,10 +25,11 @@ def state_path(setting: str, program: str, file: str) -> Path | None:
         return None
     if setting != "auto":
         return Path(setting)
-    if folder := os.environ.get("STATE_DIRECTORY"):
-        return Path(folder.split(":")[0]) / file
+    # A relative path would mean the working directory; the specification has it ignored.
+    folder = Path(os.environ.get("STATE_DIRECTORY", "").split(":")[0])
+    if folder.is_absolute():
+        return folder / file
     home = Path(os.environ.get("XDG_STATE_HOME", ""))
-    # The specification has a relative path ignored: it would mean the working directory.
     if not home.is_absolute():
         home = _home() / ".local" / "state"
     return home / program / file

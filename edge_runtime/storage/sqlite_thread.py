@@ -238,7 +238,7 @@ class SqliteThread:
         except sqlite3.Error as error:
             self._fail(StorageError(f"{error}; remove the file to start with an empty one"))
         except Exception as error:
-            # A fault of the work itself. Without this, whoever waits for a result would wait for ever.
+            # A fault of the work itself. Without this, callers that wait for a result would wait for ever.
             self._fail(StorageError(f"a fault in this program: {error!r}"))
             raise
 

@@ -62,6 +62,7 @@ def test_no_relative_place_of_the_environment_is_used(tmp_path, monkeypatch, rel
     """It would mean the working directory, which may be a download with a record of somebody else."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", relative)
+    monkeypatch.setenv("STATE_DIRECTORY", relative)
     assert state_path("auto", "p", "f") == tmp_path / ".local" / "state" / "p" / "f"
 
 
