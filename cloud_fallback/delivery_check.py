@@ -35,7 +35,12 @@ class DeliveryCheck:
         """Return what is wrong in one sentence, or nothing. Raises LinkLost."""
         for topic, came in self._topics.items():
             came.clear()
-            if await self._connection.subscribe(topic) >= 0x80:
+            try:
+                async with asyncio.timeout(self.wait_s):
+                    code = await self._connection.subscribe(topic)
+            except TimeoutError:
+                continue
+            if code >= 0x80:
                 continue
             if await self._connection.publish(Message(topic, b"", expiry_s=max(1, int(self.wait_s)))) >= 0x80:
                 continue

@@ -41,7 +41,7 @@ from edge_runtime.core.errors import (
     UnknownModel,
     refusal,
 )
-from edge_runtime.core.messages import Answer, InferReply, InferRequest
+from edge_runtime.core.messages import Answer, InferReply, InferRequest, Signature
 from edge_runtime.core.protocol import oip
 from edge_runtime.core.protocol.mqtt_reasons import ReasonClass, classify, in_words
 from edge_runtime.core.protocol.parameters import priority_of, time_limit_ns
@@ -58,11 +58,12 @@ from edge_runtime.core.protocol.topics import (
 from edge_runtime.loading.model import Model
 from edge_runtime.mqtt.client import Broker, NewClient
 from edge_runtime.mqtt.connection import NO_SUBSCRIBERS, Connection, LinkLost, Received
-from edge_runtime.mqtt.envelope import Message, pack, reads_zstd, unpack
+from edge_runtime.mqtt.envelope import Message, is_compressed, pack, reads_zstd, unpack
 from edge_runtime.mqtt.paho_adapter import PahoClient
 from edge_runtime.processing import Question
 from edge_runtime.serving.in_flight import Served
 from edge_runtime.serving.model_runner import ModelRunner
+from edge_runtime.serving.steps import run_steps
 
 _log = logging.getLogger(__name__)
 #: Messages that the broker may have on their way to this worker without PUBACK. No credit scheme: a worker that runs
@@ -74,6 +75,8 @@ _KEEPALIVE_S = 10
 _MAX_HELD_BYTES = 64 << 20
 #: A reply does not wait longer than this for a connection, whatever expiry its request claims.
 _LONGEST_WAIT_S = 600.0
+#: A body up to this size takes less than 2 ms whatever it holds.
+_SMALL_BYTES = 16 << 10
 _FAREWELL_S = 1.0
 _RECHECK_S = 30.0
 _COUNTED = (
@@ -122,6 +125,7 @@ class Worker:
         self._models = models
         self._tasks: dict[asyncio.Task[Any], _Taken] = {}
         self._held_bytes = 0
+        self._large = asyncio.Lock()  # whose turn it is to decode
         self._duplicates = Duplicates()
         self._unacknowledged: deque[Received] = deque()
         self._checking: asyncio.Task[None] | None = None
@@ -312,7 +316,7 @@ class Worker:
     async def _reply(self, message: Message, asked: RequestTopic, taken: _Taken) -> tuple[Message, bool]:
         """The reply, and whether the same question would get it again."""
         try:
-            body, json_length = oip.encode_reply(await self._infer(message, asked))
+            body, json_length = await run_steps(oip.encoding_reply(await self._infer(message, asked)))
         except EdgeRuntimeError as error:
             return _error(taken, error), False
         except Exception:  # noqa: BLE001 - a defect of ours ends this request, not the worker; it is logged
@@ -330,8 +334,8 @@ class Worker:
 
     async def _infer(self, message: Message, asked: RequestTopic) -> InferReply:
         started_ns = time.monotonic_ns()
-        request = oip.decode_request(*unpack(message))
         loaded = self._models[asked.model]
+        request = await self._decode(message, loaded.model.info.signature)
         deadline_ns = started_ns + _time_limit_ns(request, message, self._config.requests.timeout_s)
         rows = loaded.model.processor.split(request.inputs)
         priority = priority_of(request.parameters.get("priority"))
@@ -346,6 +350,17 @@ class Worker:
             request,
             {"origin": "cloud", "total_us": total_us},
         )
+
+    async def _decode(self, message: Message, signature: Signature) -> InferRequest:
+        """Decode a request; large ones one at a time and in steps, so that nobody waits for more than one step.
+
+        A packet of 128 kB may hold 8 MB once it is decompressed. What is decoded goes to the model's queue, which is
+        bounded in bytes, before the next is.
+        """
+        if len(message.payload) <= _SMALL_BYTES and not is_compressed(message):
+            return oip.decode_request(*unpack(message), signature)
+        async with self._large:
+            return await run_steps(oip.decoding_request(*unpack(message), signature))
 
     def _on_up(self) -> None:
         self._checking = asyncio.get_running_loop().create_task(self._keep_checking(), name="delivery-check")

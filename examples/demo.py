@@ -6,6 +6,7 @@ that is removed at the end.
 
 import contextlib
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -70,6 +71,23 @@ def running(command: list[str], log: Path, ready: str | None) -> Iterator[subpro
         stop(process)
 
 
+def credentials(folder: Path, username: str) -> str:
+    """Make a user of the broker; return the lines with which a program logs in, or none without mosquitto's tools.
+
+    A device that anybody could answer keeps no answer of the cloud in its cache.
+    """
+    program = shutil.which("mosquitto_passwd")
+    if program is None:
+        return ""
+    password, passwords = folder / f"{username}.password", folder / "passwords"
+    password.write_text(secrets.token_urlsafe())
+    passwords.touch()
+    subprocess.run([program, "-b", str(passwords), username, password.read_text()], check=True)
+    passwords.chmod(0o644)  # mosquitto gives up root before it reads the file
+    folder.chmod(0o711)
+    return f'username = "{username}"\npassword_file = "{password}"\n'
+
+
 def stop(process: subprocess.Popen[bytes]) -> int:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
@@ -127,17 +145,21 @@ def main() -> int:
         text = f'[server]\nsocket = "{folder}/edge.sock"\ntcp = "off"\n'
         if broker_program:
             text += f'[cloud]\nbroker = "mqtt://127.0.0.1:{port}"\ntenant = "home"\ndevice = "demo"\n'
+            text += credentials(folder, "demo")
         edge.write_text(text)
         broker = None
         if broker_program:
             settings = folder / "mosquitto.conf"
-            settings.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
+            cloud_credentials = credentials(folder, "worker")
+            admission = f"password_file {folder}/passwords" if cloud_credentials else "allow_anonymous true"
+            settings.write_text(f"listener {port} 127.0.0.1\n{admission}\nset_tcp_nodelay true\n")
             broker = stack.enter_context(
                 running([broker_program, "-c", str(settings)], folder / "broker.log", "running")
             )
             cloud = folder / "cloud.toml"
             cloud.write_text(
                 f'broker = "mqtt://127.0.0.1:{port}"\nmodels = ["{home / "models" / "commands-cloud"}"]\n'
+                + cloud_credentials
             )
             stack.enter_context(
                 running(

@@ -73,6 +73,11 @@ def reads_zstd(message: Message) -> bool:
     return any(pair in ((_ACCEPT, "zstd"), (_ENCODING, "zstd")) for pair in message.user)
 
 
+def is_compressed(message: Message) -> bool:
+    """Whether a body may be many times its message."""
+    return any(key == _ENCODING for key, _ in message.user)
+
+
 def unpack(message: Message) -> tuple[bytes, int | None]:
     """Body and JSON length of a received message. Raises InvalidRequest, TooLarge, Unsupported."""
     if len(message.user) > _MAX_PROPERTIES:

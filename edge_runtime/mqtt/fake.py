@@ -25,8 +25,8 @@ class FakeBroker:
         self.unreachable = ""
         #: A CONNECT is answered with this reason code; None: not at all.
         self.connect_code: int | None = 0
-        #: The reason code of one filter of a SUBSCRIBE.
-        self.subscribe_code: Callable[[str], int] = lambda _filter: 1
+        #: The reason code of one filter of a SUBSCRIBE; None: the SUBSCRIBE is not answered.
+        self.subscribe_code: Callable[[str], int | None] = lambda _filter: 1
         #: The reason code of a PUBLISH that is not delivered; None: it is delivered.
         self.publish_code: Callable[[Message], int | None] = lambda _message: None
         #: Whether PUBACKs are sent; those withheld lie in `FakeClient.withheld`.
@@ -104,10 +104,12 @@ class FakeClient:
 
     def subscribe(self, filters: Sequence[str]) -> int:
         """Subscribe to what the broker grants."""
-        codes = [self._server.subscribe_code(wanted) for wanted in filters]
-        self.filters += [wanted for wanted, code in zip(filters, codes, strict=True) if code < 0x80]
+        answers = [(wanted, self._server.subscribe_code(wanted)) for wanted in filters]
+        codes = [code for _, code in answers if code is not None]
+        self.filters += [wanted for wanted, code in answers if code is not None and code < 0x80]
         packet_id = next(self._sent)
-        self._soon(lambda: self._events.on_subscribed(packet_id, codes))
+        if len(codes) == len(answers):
+            self._soon(lambda: self._events.on_subscribed(packet_id, codes))
         return packet_id
 
     def unsubscribe(self, filters: Sequence[str]) -> None:

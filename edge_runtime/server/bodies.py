@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from edge_runtime.core.errors import InvalidRequest, RefusalKind, Refused, TooLarge
 from edge_runtime.core.messages import InferReply, InferRequest, Signature
 from edge_runtime.core.protocol import oip
-from edge_runtime.core.protocol.tensor_data import Steps, T
 from edge_runtime.server.byte_budget import Lease
+from edge_runtime.serving.steps import run_steps
 
 #: A body up to this size takes less than 2 ms whatever it holds.
 SMALL_BODY_BYTES = 16 << 10
@@ -44,7 +44,7 @@ class Bodies:
         coding = coding.strip().lower()
         if coding in ("", "identity"):
             async with self._turn:
-                return await _spread(oip.decoding_request(body, json_length, signature))
+                return await run_steps(oip.decoding_request(body, json_length, signature))
         if coding not in _WINDOWS:
             raise InvalidRequest("This Content-Encoding is not offered; send gzip, deflate or plain.")
         async with self._turn:
@@ -56,23 +56,12 @@ class Bodies:
                         RefusalKind.FULL, "The daemon has no room for the inflated body; retry later.", 1.0
                     )
                 await asyncio.sleep(0)
-            return await _spread(oip.decoding_request(plain, json_length, signature))
+            return await run_steps(oip.decoding_request(plain, json_length, signature))
 
     async def encode(self, reply: InferReply) -> tuple[bytes, int | None]:
         """Return the body of a reply and the length of its JSON part. Raises EngineFailed, Unsupported."""
         async with self._turn:
-            return await _spread(oip.encoding_reply(reply))
-
-
-async def _spread(steps: Steps[T]) -> T:
-    """Run steps with a turn of the event loop between each two."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            value: T = end.value
-            return value
-        await asyncio.sleep(0)
+            return await run_steps(oip.encoding_reply(reply))
 
 
 def _inflated(body: bytes | bytearray, window: int, limit_bytes: int) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from edge_runtime.core.errors import RefusalKind, refusal
 from edge_runtime.core.messages import Answer, InferRequest, Signature, Tensor, TensorSpec
 from edge_runtime.core.protocol import oip
 from edge_runtime.mqtt.client import Broker, ConnectOptions
-from edge_runtime.mqtt.envelope import Message, unpack
+from edge_runtime.mqtt.envelope import Message, pack, unpack
 from edge_runtime.mqtt.fake import FakeBroker
 from edge_runtime.processing.tensors import Tensors
 from edge_runtime.serving.in_flight import Served
@@ -221,6 +221,43 @@ def test_one_id_with_another_body_is_another_request():
         rig.device.publish(request(1, other))
         await settle()
         assert {oip.decode_reply(*unpack(m)).outputs[0].data.tolist()[0][0] for m in rig.heard} == {1.0, 3.0}
+
+    in_rig(scenario)
+
+
+def test_large_bodies_are_decoded_in_turns_and_small_ones_overtake_them():
+    async def scenario(rig):
+        rows = np.random.default_rng(1).random((1024, 2), np.float32)
+        body, length = oip.encode_request(
+            InferRequest((Tensor("x", "FP32", rows.shape, rows),)), binary=False
+        )
+        assert length is None
+        for number in (1, 2):
+            rig.device.publish(pack(REQ, body, None, correlation=bytes([number]) * 16, expiry_s=5))
+        rig.device.publish(request(3))
+        await settle()
+        assert [reply.correlation[0] for reply in rig.heard] == [3, 1, 2]
+        assert [len(oip.decode_reply(*unpack(reply)).outputs[0].data) for reply in rig.heard] == [
+            1,
+            1024,
+            1024,
+        ]
+
+    in_rig(scenario)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_its_data_is_decoded():
+    """Eight kilobytes of zstd hold two million empty texts, for a model that takes two numbers."""
+
+    async def scenario(rig):
+        head = b'{"inputs":[{"name":"x","shape":[1,2000000],"datatype":"BYTES","parameters":{"binary_data_size":8000000}}]}'
+        bomb = pack(REQ, head + bytes(8_000_000), len(head), correlation=b"b" * 16, expiry_s=5)
+        assert len(bomb.payload) < 10_000
+        rig.device.publish(bomb)
+        await settle()
+        _, fields = told(rig.heard[0])
+        assert fields["reason"] == "invalid"
+        assert rig.runner.runs == 0
 
     in_rig(scenario)
 
@@ -459,14 +496,15 @@ def test_requests_that_are_granted_and_not_delivered_are_named_and_it_is_not_rea
     run_virtual(scenario)
 
 
-@pytest.mark.parametrize("refuses", ["publish", "subscribe"])
+@pytest.mark.parametrize("refuses", ["publish", "subscribe", "silently"])
 def test_where_strict_rules_forbid_the_check_nothing_is_concluded(refuses):
     async def scenario():
         rig = Rig()
         if refuses == "publish":
             rig.server.publish_code = lambda message: 0x87 if "/_worker/w1/req/" in message.topic else None
         else:
-            rig.server.subscribe_code = lambda topic: 0x87 if "_worker" in topic else 1
+            code = 0x87 if refuses == "subscribe" else None
+            rig.server.subscribe_code = lambda topic: code if "_worker" in topic else 1
         rig.worker.connection.start()
         assert await rig.worker.wait_ready(5)
         await rig.worker.drain()

@@ -35,8 +35,10 @@ class BreakerLimits:
     min_count: int = 5  # below it a rate is noise: one bad answer of one is 100 %
     fault_rate: float = 0.5
     max_outcomes: int = 256  # bounds memory under load; the newest ones decide
-    probe_ns: int = 1_000_000_000  # from opening to the first probe; doubles with each probe
-    probe_cap_ns: int = 10_000_000_000  # between probes while callers ask
+    probe_ns: int = 1_000_000_000  # from opening to the first probe, and between probes at least
+    probe_cap_ns: int = (
+        10_000_000_000  # between probes while callers ask; a quarter of the silence until then
+    )
     idle_probe_ns: int = (
         300_000_000_000  # between probes while nobody asks: a probe costs 600 bytes of the link
     )
@@ -55,7 +57,7 @@ class Breaker:
         self._changed_ns: int | None = None  # the newest change of state
         self._is_silence = False  # why it opened
         self._interval_ns = self._limits.probe_ns
-        self._probed_ns = 0
+        self._opened_ns = self._probed_ns = 0
         self._is_wanted = False  # a caller was turned away since the newest probe
 
     @property
@@ -96,21 +98,23 @@ class Breaker:
         """When to send the next probe; None while it is not open."""
         if self._state is not BreakerState.OPEN:
             return None
-        wait_ns = self._interval_ns if self._is_wanted else max(self._interval_ns, self._limits.idle_probe_ns)
-        return self._probed_ns + wait_ns
+        if self._is_wanted:
+            # As the back-off of connecting: who was silent for ten seconds is found within two and a half.
+            quarter_ns = min((self._probed_ns - self._opened_ns) // 4, self._limits.probe_cap_ns)
+            return self._probed_ns + max(self._interval_ns, quarter_ns)
+        return self._probed_ns + max(self._interval_ns, self._limits.idle_probe_ns)
 
     def link_renewed(self, now_ns: int) -> None:
         """There is a new connection to the peer: probe at once, whatever was found on the old one."""
         self._interval_ns = self._limits.probe_ns
         self._probed_ns = now_ns - self._interval_ns
+        self._opened_ns = max(self._opened_ns, self._probed_ns)
         self._is_wanted = True
 
     def probe_sent(self, now_ns: int) -> None:
         """A probe is on its way."""
         self._probed_ns = now_ns
         self._is_wanted = False
-        longest_ns = max(self._interval_ns, self._limits.probe_cap_ns)
-        self._interval_ns = min(2 * self._interval_ns, longest_ns)
 
     def probe_answered(self, now_ns: int) -> None:
         """The peer answered a probe: it lives, whatever it does with requests."""
@@ -149,7 +153,7 @@ class Breaker:
 
     def _open(self, now_ns: int, interval_ns: int, *, is_silence: bool) -> None:
         self._interval_ns = interval_ns
-        self._probed_ns = now_ns
+        self._opened_ns = self._probed_ns = now_ns
         self._is_wanted = True  # whoever asked last
         self._is_silence = is_silence
         self._change(BreakerState.OPEN, now_ns)

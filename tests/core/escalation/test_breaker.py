@@ -112,7 +112,7 @@ def test_after_a_probe_the_first_fault_opens_it_for_longer():
             breaker.probe_answered(at)
             report(breaker, at, fault)
             assert breaker.state is BreakerState.OPEN
-        assert waits == [10, 40, 80, 160, 160, 160]
+        assert waits == [10, 20, 40, 80, 160, 160]
 
 
 def test_a_success_forgets_how_often_it_opened():
@@ -131,12 +131,12 @@ def test_a_success_forgets_how_often_it_opened():
 def test_probes_are_rarer_and_rarer_while_callers_ask_and_much_rarer_while_none_does():
     breaker = opened()
     waits, at = [], 0
-    for _ in range(5):
+    for _ in range(16):
         breaker.turned_away()
         waits.append(breaker.next_probe_ns() - at)
         at += waits[-1]
         breaker.probe_sent(at)
-    assert waits == [10, 20, 40, 40, 40]
+    assert waits == [10, 10, 10, 10, 10, 12, 15, 19, 24, 30, 37, 40, 40, 40, 40, 40]
     assert breaker.next_probe_ns() == at + 500
     breaker.turned_away()
     assert breaker.next_probe_ns() == at + 40
