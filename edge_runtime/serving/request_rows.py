@@ -9,11 +9,14 @@ Interleavings that the code guards against:
   that the request still leads is abandoned on the way out.
 - A row settles, or a task ends, after another row of the request has failed, in the turn before its tasks are cancelled:
   the first error counts, and no task is started any more.
+- Other requests have turns while the rows of this one are looked up: flights that it leads already wait for a moment
+  longer, and flights that it joined may land, which their waiters note.
 - Equal rows in one request: the first goes its way and the others take its outcome at the end. They never wait for
   a flight of their own request.
 """
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -21,6 +24,9 @@ from edge_runtime.core.outcome import Outcome
 from edge_runtime.serving.cascade import Ended, Pending
 from edge_runtime.serving.in_flight import RowResult
 from edge_runtime.serving.row_paths import RowPaths, Step, Todo, cancel_and_wait
+
+#: Rows of one request are looked up for at most this long before others have the event loop for a turn.
+_TURN_NS = 2_000_000
 
 
 async def answer_rows(rows: RowPaths) -> list[Outcome]:
@@ -64,7 +70,15 @@ class _ManyRows:
     async def answer(self) -> Exception | None:
         """Bring all rows to their outcomes; return the error of the first that fails instead."""
         rows = self._rows
-        steps = [(index, rows.look_up(index)) for index in range(len(rows.questions))]
+        steps = []
+        turn_ends_ns = time.monotonic_ns() + _TURN_NS
+        for index in range(len(rows.questions)):
+            steps.append((index, rows.look_up(index)))
+            if (
+                time.monotonic_ns() > turn_ends_ns
+            ):  # keys of a thousand long texts must not hold the event loop
+                await asyncio.sleep(0)
+                turn_ends_ns = time.monotonic_ns() + _TURN_NS
         to_run = [index for index, step in steps if step is Todo.RUN]
         alone: list[tuple[int, Step]] = [(index, step) for index, step in steps if not isinstance(step, Todo)]
         if rows.reads_disk_first:  # then the model costs far more than a task for each row

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -462,5 +463,31 @@ def test_equal_rows_of_a_request_need_no_task_each():
         assert labels(await asked) == [b"same"] * 32
         assert (computed(one), service.counters.coalesced) == (1, 31)
         await one.runner.close()
+
+    run(scenario)
+
+
+def test_others_have_turns_while_the_keys_of_many_long_rows_are_made():
+    async def scenario():
+        one = named(FakeEngine(max_batch=64))
+        turns_at = []
+
+        def canonical(question):
+            until_ns = time.monotonic_ns() + 1_000_000
+            while time.monotonic_ns() < until_ns:
+                pass
+            turns_at.append(ticks)
+            return question
+
+        one.processor.canonical = canonical
+        ticks, service = 0, service_of(one)
+        asked = asyncio.create_task(
+            service.infer("named", None, rows_of(*[b"row%d@0.9" % i for i in range(30)]))
+        )
+        while not asked.done():
+            await asyncio.sleep(0)
+            ticks += 1
+        assert labels(asked.result()) == [b"row%d" % i for i in range(30)]
+        assert len(set(turns_at)) >= 8, "30 ms of work, two at a time"
 
     run(scenario)

@@ -174,6 +174,27 @@ def test_a_follower_whose_time_ends_while_another_asks_again_has_the_edges_answe
     run(scenario)
 
 
+def test_a_stale_answer_for_want_of_time_is_the_leaders_own():
+    async def scenario():
+        gate = threading.Event()
+        gate.set()
+        one, cloud = named(FakeEngine(gate=gate)), NamedCloud()
+        service = service_of(one, cloud, ttl_ns=1)
+        assert why(await ask(service)) == ("cloud", "unsure")  # expired at once
+        cloud.p95_ns = 20 * SECOND
+        gate.clear()
+        leader = ask(service, seconds=10)
+        await turns()
+        patient = ask(service, seconds=60)
+        await turns()
+        gate.set()
+        assert why(await leader) == ("cache", "stale")
+        assert why(await patient) == ("cloud", "unsure")
+        await one.runner.close()
+
+    run(scenario)
+
+
 def test_what_a_leader_decided_for_itself_is_not_kept_for_others():
     async def scenario():
         one, cloud = named(), NamedCloud(p95_ns=20 * SECOND)

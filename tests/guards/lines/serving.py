@@ -458,6 +458,20 @@ GUARDS = [
         CYCLE_TESTS,
     ),
     (
+        "a stale answer for want of time is the leader's own",
+        CASCADE,
+        "Ended(stale.as_stale(ended.outcome), ended.own)",
+        "Ended(stale.as_stale(ended.outcome))",
+        TIME_TESTS,
+    ),
+    (
+        "others have turns while rows are looked up",
+        ROWS,
+        "                await asyncio.sleep(0)\n                turn_ends_ns",
+        "                turn_ends_ns",
+        ROWS_TESTS,
+    ),
+    (
         "cached answers of a replaced model are dropped",
         SERVICE,
         "            self.cache.drop_model(former.info.digest, [model.info.digest for model in self.registry])\n",
