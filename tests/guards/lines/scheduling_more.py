@@ -267,55 +267,7 @@ TIME_LOST = [
     ),
 ]
 
-RUNNER = "edge_runtime/serving/model_runner.py"
-RUNNER_TESTS = ("tests/serving/test_whole_requests.py",)
-DRIVER = [
-    (
-        "rows are refused before they are prepared",
-        RUNNER,
-        "if len(rows) > 1 and (refused := self._reserve(request)):",
-        "if False:",
-    ),
-    (
-        "room is given back",
-        RUNNER,
-        "                self._scheduler.release(request.reserved, request.tenant)\n",
-        "                pass\n",
-    ),
-    (
-        "every refused row is counted",
-        RUNNER,
-        ".get(refused.kind.value, 0) + rows",
-        ".get(refused.kind.value, 0) + 1",
-    ),
-    (
-        "a drain waits for a request in the middle",
-        RUNNER,
-        "if not self._members and not self._submitting:",
-        "if not self._members:",
-    ),
-    (
-        "displaced rows are refused at once",
-        RUNNER,
-        "        self._flush_soon()  # others may have been displaced\n",
-        "",
-    ),
-    (
-        "flows reach the queue",
-        RUNNER,
-        "flow=request.flow, priority=request.priority, is_reserved",
-        "priority=request.priority, is_reserved",
-    ),
-    (
-        "a closed runner admits no reserved row",
-        RUNNER,
-        "        if self._is_closed:  # in the middle",
-        "        if False:  # in the middle",
-    ),
-]
-
 GUARDS = [
-    *((*line, RUNNER_TESTS) for line in DRIVER),
     *((*line, TABLES) for line in SEQUENCES),
     *((*line, FAIRNESS) for line in (*FULL, *WHOLE, *FLOWS, *URGENCY, *TIME_LOST)),
 ]

@@ -299,7 +299,7 @@ OTHER_LINES = [
     ),
     (
         "a step of decoding ends",
-        BODIES,
+        "edge_runtime/serving/steps.py",
         "            return value\n        await asyncio.sleep(0)\n",
         "            return value\n",
         BODY_TESTS,
