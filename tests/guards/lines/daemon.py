@@ -269,13 +269,6 @@ GUARDS = [
         STATUS_TESTS,
     ),
     (
-        "a daemon removes only the socket that it made",
-        "edge_runtime/server/listener.py",
-        "if inode_of(path) == inode:",
-        "if True:",
-        ("tests/test_daemon.py::test_a_daemon_removes_its_own_socket_and_leaves_that_of_another",),
-    ),
-    (
         "status names the addresses",
         DAEMON,
         "        runtime.addresses = tuple(server.addresses)\n",
