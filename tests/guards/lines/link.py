@@ -4,6 +4,7 @@ CONNECTION, PAHO = "edge_runtime/mqtt/connection.py", "edge_runtime/mqtt/paho_ad
 ENVELOPE, UPLINK = "edge_runtime/mqtt/envelope.py", "edge_runtime/uplink/uplink.py"
 WORKER, DUPLICATES = "cloud_fallback/worker.py", "cloud_fallback/duplicates.py"
 CHECK = "cloud_fallback/delivery_check.py"
+REQUEST_ROWS = "edge_runtime/serving/row_paths.py"
 BREAKER, HEALTH, OUTSTANDING, ROUNDTRIP, RESEND = (
     f"edge_runtime/core/escalation/{name}.py"
     for name in ("breaker", "health", "outstanding", "roundtrip", "resend")
@@ -305,7 +306,7 @@ GUARDS = [
     ),
     (
         "an answer that anybody could have sent is not kept",
-        "edge_runtime/serving/row_paths.py",
+        REQUEST_ROWS,
         "            is_final = False\n",
         "            pass\n",
         ("tests/serving/test_request_rows.py",),
@@ -598,5 +599,33 @@ GUARDS = [
         "        finally:\n            for task in self._tasks:\n                task.cancel()\n            if",
         "        finally:\n            if",
         WORKER_TESTS,
+    ),
+    (
+        "probes follow the length of the silence",
+        BREAKER,
+        "return self._probed_ns + max(self._interval_ns, quarter_ns)",
+        "return self._probed_ns + self._limits.probe_cap_ns",
+        BREAKER_TESTS,
+    ),
+    (
+        "a check that is not answered ends",
+        CHECK,
+        "                async with asyncio.timeout(self.wait_s):\n                    code =",
+        "                async with asyncio.timeout(None):\n                    code =",
+        WORKER_TESTS,
+    ),
+    (
+        "a large body lets small ones overtake it",
+        WORKER,
+        "        if len(message.payload) <= _SMALL_BYTES and not is_compressed(message):\n",
+        "        if True:\n",
+        WORKER_TESTS,
+    ),
+    (
+        "a worker's death costs its caller a resend",
+        RESEND,
+        "if sends >= MAX_SENDS:",
+        "if True:",
+        ("tests/uplink/test_both_ends.py",),
     ),
 ]
