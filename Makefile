@@ -68,7 +68,7 @@ tflite: litert
 	@echo "skipped: tflite-runtime needs Python 3.11, and $(PYTHON) is 3.$(PYTHON_MINOR)"
 endif
 
-test: check test-fast tflite test-train ## everything that must hold: all tests, a sixteenth of the guards
+test: check test-fast tflite test-train ## everything that must hold: all tests, nine of the guards
 	@$(PYTEST) --dist load tests/guards
 
 test-fast: $(READY) broker ## core and shells, without training and torch (a minute)
